@@ -1,0 +1,276 @@
+"""The mathematics of diffusion: chapter 2 and sections 3.5 and 4.4 of the thesis, one function an equation.
+
+Time runs as in the thesis: t = 1..T, and t = 0 is the clean image. Every table has T + 1 entries and is indexed by t itself:
+alpha_bar[0] = 1 is the empty product (E24). Tables are float64 and are cast when used. A model is any function
+`eps(x_t, t)`; nothing here knows a network. Tests: `pytest tests/test_ddpm.py`.
+"""
+
+import math
+
+import torch
+
+# ------------------------------------------------------------------------------------------------------------------
+# 2.3, 2.4  Kullback-Leibler divergence and the evidence lower bound
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def kl_divergence(q, p):
+    """eq. 2.4 (corrected, E02):  D(q || p) = E_{x~q}[log q(x) - log p(x)] = sum_x q(x) log(q(x) / p(x)).
+
+    The thesis's first form has the ratio upside down, which is never positive; its second form is this one.
+    q, p: probabilities over the last axis (for densities on a grid, multiplied by the cell size). Returns (...,), nats.
+    """
+    return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
+
+
+def elbo(q, joint):
+    """eq. 2.19:  L(q) = E_{z~q}[log p(z, x)] - E_{z~q}[log q(z)]  <=  log p(x).
+
+    Eq. 2.15 prints the negative (E05); with it neither 2.16, D(q || p(z|x)) = -L(q) + log p(x), nor 2.18 would hold.
+    q: probabilities q(z) over the last axis; joint: p(z, x) for one observed x. Returns (...,), nats.
+    """
+    return -kl_divergence(q, joint)
+
+
+def gaussian_kl(mu_1, var_1, mu_2, var_2):
+    """D( N(mu_1, var_1) || N(mu_2, var_2) ) elementwise, nats: eq. 2.4 for the Gaussians of the terms of 3.15.
+
+    1/2 [ log(var_2 / var_1) + (var_1 + (mu_1 - mu_2)^2) / var_2 - 1 ]. Tensors or numbers.
+    """
+    var_1, var_2 = torch.as_tensor(var_1), torch.as_tensor(var_2)
+    return 0.5 * (torch.log(var_2 / var_1) + (var_1 + (mu_1 - mu_2) ** 2) / var_2 - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3.5.1  Noise schedules: beta_1 .. beta_T
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def linear_schedule(T=1000, start=1e-4, end=0.02):
+    """beta_t linear in t: the schedule of the DDPM paper, used for letters (the thesis prints no range, E35)."""
+    return torch.linspace(start, end, T, dtype=torch.float64)
+
+
+def sqrt_linear_schedule(T=1000, start=0.0015, end=0.0195):
+    """sqrt(beta_t) linear in t: the schedule of the published latent model, which calls it "linear" (E35)."""
+    return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+
+
+def cosine_schedule(T=1000, s=0.008):
+    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2): the schedule of [13], section 3.5.5; beta <= 0.999."""
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+SCHEDULES = {"linear": linear_schedule, "sqrt_linear": sqrt_linear_schedule, "cosine": cosine_schedule}
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3.5  The diffusion process
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Diffusion:
+    """The tables of one schedule and the equations of section 3.5 that read them.
+
+    alpha_t = 1 - beta_t,  alpha_bar_t = prod_{s=1..t} alpha_s,  beta_tilde_t = (1 - alpha_bar_{t-1})/(1 - alpha_bar_t) beta_t
+
+    x_t, x_0, eps: (B, ...). t: an int for the whole batch or a (B,) tensor, 1..T (0 where the clean image is meant).
+    """
+
+    def __init__(self, beta):
+        zero = torch.zeros(1, dtype=torch.float64)
+        self.T = len(beta)
+        self.beta = torch.cat([zero, beta.double()])  # (T + 1,); beta[0] is never used: no noise enters before t = 1
+        self.alpha = 1 - self.beta
+        self.alpha_bar = self.alpha.cumprod(0)  # alpha_bar[0] = 1; 3.5.2 prints the product from s = 0 (E24)
+        before = torch.cat([zero + 1, self.alpha_bar[:-1]])
+        self.beta_tilde = torch.cat([zero, ((1 - before) / (1 - self.alpha_bar) * self.beta)[1:]])  # beta_tilde[1] = 0
+
+    def at(self, table, t, x):
+        """table[t] in the precision and on the device of x, shaped to multiply x."""
+        if isinstance(t, int):
+            return table[t].to(x.dtype)  # a CPU scalar multiplies a tensor of any device
+        value = table.to(x.device, x.dtype)[t]
+        return value.view(-1, *[1] * (x.dim() - 1))
+
+    # 3.5.1, 3.5.2  Forward: from data to noise
+
+    def q_step(self, x_prev, t, noise):
+        """eq. 3.8:  x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) xi_t,  xi_t ~ N(0, I), independent for every t.
+
+        3.7 prints x_t on the right as well (E20); 3.5.2 first writes Sigma xi where Sigma^(1/2) xi is meant (E23).
+        """
+        beta = self.at(self.beta, t, x_prev)
+        return (1 - beta).sqrt() * x_prev + beta.sqrt() * noise
+
+    def q_sample(self, x_0, t, noise):
+        """eq. 3.9:  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi.
+
+        It follows from 3.8 because variances of independent noises add: alpha_t (1 - alpha_bar_{t-1}) + beta_t =
+        1 - alpha_bar_t. The thesis's chain of sqrt(beta_t ... beta_1) and its "xi_t = xi_{t-1}" do not lead here (E21, E22).
+        """
+        alpha_bar = self.at(self.alpha_bar, t, x_0)
+        return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+
+    def trajectory(self, x_0, noises):
+        """eq. 3.10:  a sample of q(x_{1:T} | x_0) = prod_t q(x_t | x_{t-1}), the product of the steps 3.8 (E25).
+
+        noises: xi_1, xi_2, ... as many as steps are wanted. Yields x_1, x_2, ...
+        """
+        x = x_0
+        for t, noise in enumerate(noises, start=1):
+            x = self.q_step(x, t, noise)
+            yield x
+
+    # 3.5.3  Backward: the posterior and the model
+
+    def posterior(self, x_t, x_0, t):
+        """eq. 3.12 and below (corrected, E27):  q(x_{t-1} | x_t, x_0) = N(mu_tilde_t, beta_tilde_t I)
+
+            mu_tilde_t = sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+                       + sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+
+        The thesis prints sqrt(alpha_bar_t) in the first coefficient. Derivation: the log of q(x_t|x_{t-1}) q(x_{t-1}|x_0)
+        is quadratic in x_{t-1} with precision alpha_t/beta_t + 1/(1 - alpha_bar_{t-1}) = 1/beta_tilde_t and linear term
+        sqrt(alpha_t) x_t/beta_t + sqrt(alpha_bar_{t-1}) x_0/(1 - alpha_bar_{t-1}). Returns (mean, variance).
+        """
+        alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
+        alpha_bar, before = self.at(self.alpha_bar, t, x_t), self.at(self.alpha_bar, t - 1, x_t)
+        mean = (alpha.sqrt() * (1 - before) * x_t + before.sqrt() * beta * x_0) / (1 - alpha_bar)
+        return mean, self.at(self.beta_tilde, t, x_t)
+
+    def predict_x0(self, x_t, t, eps):
+        """eq. 3.9 solved for x_0:  x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
+        alpha_bar = self.at(self.alpha_bar, t, x_t)
+        return (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+
+    def predict_eps(self, x_t, t, x_0):
+        """eq. 3.9 solved for the noise:  eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
+        alpha_bar = self.at(self.alpha_bar, t, x_t)
+        return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+
+    def mu_theta(self, x_t, t, eps):
+        """3.5.3, the mean of p_theta(x_{t-1} | x_t), which the thesis does not spell out (E29):
+
+            mu_theta = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta(x_t, t)) / sqrt(alpha_t)
+
+        This is mu_tilde of 3.12 at the x_0 that eps_theta predicts.
+        """
+        alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
+        alpha_bar = self.at(self.alpha_bar, t, x_t)
+        return (x_t - beta / (1 - alpha_bar).sqrt() * eps) / alpha.sqrt()
+
+    def p_sample(self, x_t, t, eps, noise, variance="beta_tilde"):
+        """3.5.3, one ancestral step:  x_{t-1} = mu_theta(x_t, t) + sigma_t noise.
+
+        variance: sigma_t^2 = "beta_tilde" (exact if the data were one point; the one the thesis prints) or "beta" (exact
+        if the data were N(0, I)). No noise enters the last step, to t = 0.
+        """
+        sigma = self.at(self.sigma2(variance), t, x_t).sqrt()
+        return self.mu_theta(x_t, t, eps) + sigma * noise
+
+    def sigma2(self, variance):
+        """The table sigma_t^2 of p_theta(x_{t-1} | x_t) by name, "beta_tilde" or "beta"; 0 for t = 1."""
+        table = {"beta_tilde": self.beta_tilde, "beta": self.beta}[variance].clone()
+        table[1] = 0
+        return table
+
+    # 3.5.4  Training objective
+
+    def loss(self, eps_theta, x_0, t, noise):
+        """3.5.4, L_simple:  E_{t, x_0, eps} || eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t) ||^2
+
+        The squared distance averaged over elements. The thesis calls it L_t; the true L_t has a weight that is dropped by
+        choice (E31, `bound_term`). eps_theta: function (x_t, t) -> eps. Returns one value an image, (B,), float32.
+        """
+        prediction = eps_theta(self.q_sample(x_0, t, noise), t)
+        return (noise - prediction).float().square().flatten(1).mean(1)
+
+    # 3.5.4  The bound, eq. 3.15, term by term. E_q of each: a minus log-likelihood in bits per dimension, (B,)
+
+    def prior_term(self, x_0):
+        """eq. 3.15, L_T:  D( q(x_T | x_0) || N(0, I) ). No parameters: p(x_T) is fixed, though printed p_theta (E30)."""
+        alpha_bar = self.at(self.alpha_bar, self.T, x_0)
+        return bits_per_dim(gaussian_kl(alpha_bar.sqrt() * x_0, 1 - alpha_bar, 0.0, 1.0))
+
+    def bound_term(self, eps_theta, x_0, t, noise, variance="beta_tilde"):
+        """eq. 3.15, L_{t-1} for 2 <= t <= T:  D( q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t) ) at one x_t ~ q(x_t | x_0).
+
+        With equal variances, the KL of two Gaussians is the squared distance of their means over 2 sigma_t^2, which is
+        beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) || eps - eps_theta ||^2: L_simple with its weight (E31).
+        """
+        x_t = self.q_sample(x_0, t, noise)
+        mean, var = self.posterior(x_t, x_0, t)
+        mu = self.mu_theta(x_t, t, eps_theta(x_t, t))
+        return bits_per_dim(gaussian_kl(mean, var, mu, self.at(self.sigma2(variance), t, x_t)))
+
+    def data_term(self, eps_theta, x_0, noise, levels=256):
+        """eq. 3.15, L_0:  -log p_theta(x_0 | x_1), x_0 one of `levels` grey values in [-1, 1] (3.15 has the plus sign, E30).
+
+        N(mu_theta(x_1, 1), beta_1 I) is integrated over the bin of width 2/(levels - 1) around each value; the first and
+        the last bin reach to infinity, so that the probabilities sum to 1.
+        """
+        x_1 = self.q_sample(x_0, 1, noise)
+        mu = self.mu_theta(x_1, 1, eps_theta(x_1, 1))
+        return bits_per_dim(-discrete_log_likelihood(x_0, mu, self.at(self.beta, 1, x_0).sqrt(), levels))
+
+    def bound(self, eps_theta, x_0, noise, variance="beta_tilde"):
+        """eq. 3.15 with all T terms:  -log p_theta(x_0) <= L_T + sum_{t=2..T} L_{t-1} + L_0, bits per dimension.
+
+        noise: function t -> (B, ...) standard normal noise for the x_t of that term. Returns (B, T + 1): column 0 is L_0,
+        column t - 1 is L_{t-1}, the last is L_T. T evaluations of eps_theta; the sum over columns is the bound.
+        """
+        terms = [self.data_term(eps_theta, x_0, noise(1))]
+        terms += [self.bound_term(eps_theta, x_0, t, noise(t), variance) for t in range(2, self.T + 1)]
+        return torch.stack([*terms, self.prior_term(x_0)], dim=1)
+
+
+def bits_per_dim(nats):
+    """Mean over all but the first axis, nats to bits."""
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def discrete_log_likelihood(x, mu, sigma, levels=256):
+    """log of the mass that N(mu, sigma^2) puts on the bin of each value of x, a grid of `levels` values in [-1, 1]."""
+    normal = torch.distributions.Normal(torch.zeros((), dtype=x.dtype, device=x.device), 1)
+    half = 1 / (levels - 1)
+    upper = normal.cdf((x + half - mu) / sigma).where(x < 1 - half, torch.ones_like(x))
+    lower = normal.cdf((x - half - mu) / sigma).where(x > -1 + half, torch.zeros_like(x))
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4  Guidance
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def drop_labels(y, zero_label, p, u):
+    """4.4.3:  every label becomes the zero-label with probability p, independently (E50).
+
+    One Bernoulli draw a label, not a fixed share as the example of ten labels suggests; fig. 4.7 overwrites the caller's
+    labels and uses NumPy's global generator, this returns a new tensor and takes its randomness as an argument.
+    y: (B,) labels; u: (B,) uniform numbers in [0, 1).
+    """
+    return torch.where(u < p, zero_label, y)
+
+
+def classifier_free_guidance(eps_zero, eps_y, scale):
+    """4.4.3, the formula that 5.3.1 refers to and that is never printed (E49):  eps' = eps_0 + s (eps_y - eps_0).
+
+    eps_0 is the prediction for the zero-label. s = 1 is no guidance, s = 0 unconditional; in the paper's terms s = 1 + w.
+    On the whole tensor, all channels.
+    """
+    return eps_zero + scale * (eps_y - eps_zero)
+
+
+def classifier_guided_mean(mu, sigma2, gradient, scale):
+    """eq. 4.1 (corrected, E48):  mu' = mu_theta + s Sigma_t grad_{x_t} log f(y | x_t, t),  Sigma_t = sigma_t^2 I.
+
+    The thesis leaves Sigma_t out. N(x; mu, v) exp(g x) is proportional to N(x; mu + v g, v).
+    """
+    return mu + scale * sigma2 * gradient
+
+
+def classifier_guided_eps(eps, alpha_bar, gradient, scale):
+    """eq. 4.1 for samplers that only know eps (DDIM, PLMS; E48):  eps' = eps - s sqrt(1 - alpha_bar_t) grad log f(y | x_t, t)."""
+    return eps - scale * (1 - alpha_bar) ** 0.5 * gradient

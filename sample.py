@@ -1,0 +1,355 @@
+"""Pictures from a trained model: sections 4.4.3 and 4.6 of the thesis.
+
+    python sample.py --text HELLO                                      a word, with the model that comes with the project
+    python sample.py --run runs/letters --label A --n 16 --out a.png   sixteen times the letter A
+    python sample.py --run runs/letters --grid                         one row a label, the zero-label last
+    python sample.py --run runs/letters --label R --strip              the denoising path
+    python sample.py --run runs/letters --per-label 64 --out samples   one folder a label
+
+To a sampler a model is a function `eps(x, t)`. Guidance and clipping wrap that function; a sampler knows neither network
+nor label. Samplers are generators: after every step they yield (t, x_t, predicted x_0), and the last x is the sample.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data import ASSETS, UserError, grid, run_program, to_uint8, whole_file
+from ddpm import Diffusion, classifier_free_guidance
+from ldm import load_model
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.6  Time steps
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def timesteps(T, S):
+    """S + 1 falling time steps from T to 0: exactly S steps for every 1 <= S <= T, the last one reaching the clean image."""
+    if not 1 <= S <= T:
+        raise ValueError(f"{S} steps; expected 1 to {T}")
+    return [T * i // S for i in range(S, -1, -1)]
+
+
+def published_timesteps(T, S):
+    """The table of the published latent diffusion sampler, in the thesis's count of t: T//S apart, from 2 on, ending at t = 1.
+
+    Its path stops one step short of the clean image, and its length is S only where S divides T (E56). S = 50:
+    982, 962, ..., 22, 2, 1. Raises ValueError where the published code reads past the end of its tables.
+    """
+    steps = range(2, T + 2, T // S)
+    if steps[-1] > T:
+        raise ValueError(f"the published table for {S} steps contains {steps[-1]}, past the last step {T}")
+    return [*reversed(steps), 1]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3.5.3, 4.6.1  Samplers: pure functions of eps(x, t), the start x, the time steps and the table alpha_bar
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde"):
+    """3.5.3, ancestral sampling:  x_{t-1} = mu_theta(x_t, t) + sigma_t xi  (E29).
+
+    On a subset of the time steps it is ancestral sampling of the shorter chain, whose beta are 1 - alpha_bar_t/alpha_bar_t'.
+    noise: function () -> standard normal like x; variance: "beta_tilde" or "beta", see `Diffusion.p_sample`.
+    """
+    kept = alpha_bar[times[::-1]]
+    chain = Diffusion(1 - kept[1:] / kept[:-1])
+    for i, (t, t_next) in zip(range(chain.T, 0, -1), zip(times, times[1:])):
+        e = eps(x, t)
+        x_0 = chain.predict_x0(x, i, e)
+        x = chain.p_sample(x, i, e, noise(), variance)
+        yield t_next, x, x_0
+
+
+def ddim_step(x, e, a, a_next, sigma=0.0):
+    """4.6.1, DDIM (E56):  x_{t'} = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps,  x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a).
+
+    a, a': alpha_bar at t and t'. The noise sigma xi is the caller's. Returns (x_{t'}, x_0).
+    """
+    x_0 = (x - (1 - a) ** 0.5 * e) / a**0.5
+    return a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * e, x_0
+
+
+def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
+    """4.6.1, DDIM: `ddim_step` with sigma = eta sqrt((1 - a')/(1 - a)) sqrt(1 - a/a').
+
+    eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling; eta > 0 needs `noise`, a function () -> xi.
+    """
+    for t, t_next in zip(times, times[1:]):
+        a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
+        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+        x, x_0 = ddim_step(x, eps(x, t), a, a_next, sigma)
+        if sigma:
+            x = x + sigma * noise()
+        yield t_next, x, x_0
+
+
+def plms(eps, x, times, alpha_bar):
+    """4.6.1, PLMS ("PLSM" in the heading, E56): the DDIM transfer with eps' extrapolated from the last four predictions.
+
+        eps' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24          e_0 the newest: Adams-Bashforth of order 4
+
+    The history fills up with orders 2 and 3 after one improved Euler step, as in the published sampler; that step looks
+    ahead once, so S steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.
+    """
+    history = []
+    for t, t_next in zip(times, times[1:]):
+        a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
+        e = eps(x, t)
+        if not history:
+            ahead, _ = ddim_step(x, e, a, a_next)
+            e_prime = (e + eps(ahead, t_next if len(times) > 2 else t)) / 2  # a single step has no next one to look at
+        elif len(history) == 1:
+            e_prime = (3 * e - history[0]) / 2
+        elif len(history) == 2:
+            e_prime = (23 * e - 16 * history[0] + 5 * history[1]) / 12
+        else:
+            e_prime = (55 * e - 59 * history[0] + 37 * history[1] - 9 * history[2]) / 24
+        history = [e, *history[:2]]
+        x, x_0 = ddim_step(x, e_prime, a, a_next)
+        yield t_next, x, x_0
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.3  What wraps eps(x, t)
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def with_labels(model, y):
+    """eps(x, t) of a model for the labels y, (B,)."""
+    return lambda x, t: model.eps(x, t, y)
+
+
+def with_cfg(model, y, scale):
+    """Classifier-free guidance as eps(x, t): zero-label and label in one batch, one evaluation at scale 1 or 0 (E49)."""
+    zero = torch.full_like(y, model.zero_label)
+    if scale in (0, 1):
+        return with_labels(model, y if scale else zero)
+
+    def eps(x, t):
+        eps_zero, eps_y = model.eps(torch.cat([x, x]), t, torch.cat([zero, y])).chunk(2)
+        return classifier_free_guidance(eps_zero, eps_y, scale)
+
+    return eps
+
+
+def with_clipping(eps, alpha_bar):
+    """eps(x, t) whose predicted x_0 is clamped to [-1, 1]: for pixels only, never for latents; not in the thesis (E29)."""
+
+    def clipped(x, t):
+        a = alpha_bar[t].item()
+        x_0 = ((x - (1 - a) ** 0.5 * eps(x, t)) / a**0.5).clamp(-1, 1)
+        return (x - a**0.5 * x_0) / (1 - a) ** 0.5
+
+    return clipped
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Generation
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class ImageNoise:
+    """Standard normal noise with a generator of its own for every image: an image depends on its seed, not on its batch."""
+
+    def __init__(self, seeds, shape, device):
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self.shape, self.device = shape, device
+
+    def __call__(self):
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        return noise.to(self.device, non_blocking=True)
+
+
+@torch.no_grad()
+def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=False, times=None):
+    """The sampler's generator of (t, x, x_0) for labels y (B,) and one seed an image. times: other time steps than S even ones."""
+    device = next(model.parameters()).device
+    noise = ImageNoise(seeds, model.shape, device)
+    alpha_bar = model.diffusion.alpha_bar
+    times = times or timesteps(model.diffusion.T, steps)
+    eps = with_cfg(model, torch.as_tensor(y, device=device), scale)
+    if clip:
+        eps = with_clipping(eps, alpha_bar)
+    x_T = noise()
+    if sampler == "ddpm":
+        yield from ddpm(eps, x_T, times, alpha_bar, noise)
+    elif sampler == "ddim":
+        yield from ddim(eps, x_T, times, alpha_bar, eta, noise)
+    else:
+        yield from plms(eps, x_T, times, alpha_bar)
+
+
+@torch.no_grad()
+def generate(model, y, seeds, batch=64, progress=True, **how):
+    """Images for labels y and seeds, (N,) each, as (N, H, W, 3) uint8. `how`: the arguments of `denoise`."""
+    images = []
+    steps = len(how["times"]) - 1 if how.get("times") else how.get("steps", 50)
+    with tqdm(total=len(y) * steps, unit="step", desc="denoising", disable=None if progress else True) as bar:
+        for i in range(0, len(y), batch):
+            for _, x, _ in denoise(model, y[i : i + batch], seeds[i : i + batch], **how):
+                bar.update(len(x))
+            images.append(to_uint8(model.decode(x)))
+    return np.concatenate(images)
+
+
+def label_grid(model, columns, seed=0, **how):
+    """Figure 5.1's layout: one row a label, the zero-label last; a column shares its seed. Returns the picture."""
+    labels = np.arange(len(model.classes) + 1).repeat(columns)
+    seeds = np.tile(np.arange(seed, seed + columns), len(model.classes) + 1)
+    return grid(generate(model, labels, seeds, **how), columns, [*model.classes, "none"])
+
+
+def denoising_strip(model, y, seeds, frames=12, **how):
+    """5.3.1: for every image two rows along the path, x_t above and the predicted x_0 below. Returns the picture."""
+    path = list(denoise(model, y, seeds, **how))
+    chosen = [path[i] for i in np.linspace(0, len(path) - 1, min(frames, len(path))).round().astype(int)]
+    x_t = np.stack([to_uint8(model.decode(x)) for _, x, _ in chosen], axis=1)  # (B, frames, H, W, 3)
+    x_0 = np.stack([to_uint8(model.decode(x)) for _, _, x in chosen], axis=1)
+    rows = np.stack([x_t, x_0], axis=1)  # (B, 2, frames, H, W, 3)
+    return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def label_number(model, label):
+    """A label by name or number; "none" is the zero-label, unconditional generation."""
+    names = [*(name.lower() for name in model.classes), "none"]
+    if label.lower() in names:
+        return names.index(label.lower())
+    if label.isdecimal() and int(label) <= model.zero_label:
+        return int(label)
+    raise UserError(f"unknown label {label!r}; expected one of {', '.join(model.classes)}, a number, or none")
+
+
+def word_labels(model, text):
+    """One label a character of `text`, None for a space."""
+    names = {name.lower(): i for i, name in enumerate(model.classes)}
+    unknown = [char for char in text if char != " " and char.lower() not in names]
+    if unknown or not text.strip():
+        raise UserError(f"--text {text!r}: the model draws only {' '.join(model.classes)}")
+    return [names.get(char.lower()) for char in text]
+
+
+def parse():
+    p = argparse.ArgumentParser(description="Pictures from a trained model.")
+    p.add_argument("--run", help="run folder or model file (default: runs/letters, else the model in assets)")
+    p.add_argument("--label", help="label by name or number; none = unconditional")
+    p.add_argument("--n", type=int, help="how many images, or columns of a grid (default 16, grid 8, strip 2)")
+    p.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
+    p.add_argument("--text", help="draw a word, one image a letter")
+    p.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
+    p.add_argument("--per-label", type=int, metavar="N", help="N images of every label (or of --label), one folder a label")
+    p.add_argument("--sampler", choices=("plms", "ddim", "ddpm"), default="plms", help="default plms")
+    p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
+    p.add_argument("--times", choices=("even", "published"), default="even", help="published = the published sampler's table")
+    p.add_argument("--scale", type=float, default=2.0, help="guidance scale, 1 = none (default 2, as the thesis chose)")
+    p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1 (default 0)")
+    p.add_argument("--clip", action="store_true", help="clamp the predicted clean image to [-1, 1] at every step")
+    p.add_argument("--seed", type=int, default=0, help="seed of the first image; image k has seed + k (default 0)")
+    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default ema")
+    p.add_argument("--batch", type=int, default=64, help="images at a time (default 64)")
+    p.add_argument("--out", help="picture, or folder with --per-label (default: named after what it shows)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
+    return p.parse_args()
+
+
+def main():
+    args = parse()
+    if args.scale < 0:
+        raise UserError(f"--scale {args.scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
+    if args.n is not None and args.n < 1 or args.per_label is not None and args.per_label < 1 or args.batch < 1:
+        raise UserError("--n, --per-label and --batch must be 1 or more")
+    if not 0 <= args.eta <= 1:
+        raise UserError(f"--eta {args.eta:g}: expected 0 to 1")
+    run = args.run or next((p for p in ("runs/letters", ASSETS / "letters.pt") if Path(p).exists()), None)
+    if run is None:
+        raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
+    device = args.device or best_device()
+    model = load_model(run, args.weights, device)
+    T = model.diffusion.T
+    if not 1 <= args.steps <= T:
+        raise UserError(f"--steps {args.steps}: expected 1 to {T}, the steps the model was trained with")
+    how = {"sampler": args.sampler, "steps": args.steps, "scale": args.scale, "eta": args.eta, "clip": args.clip}
+    if args.times == "published":
+        try:
+            how["times"] = published_timesteps(T, args.steps)
+        except ValueError as error:
+            raise UserError(f"--times published: {error}") from None
+    label = label_number(model, args.label) if args.label else None
+    if model.settings["p_uncond"] == 0 and (args.scale != 1 or label == model.zero_label or args.grid):
+        print(
+            "note: trained with p_uncond 0, this model never saw the zero-label; guidance and 'none' mean nothing",
+            file=sys.stderr,
+        )
+
+    start = time.perf_counter()
+    if args.per_label:
+        count, out = write_folders(model, args, label, how), args.out or "samples"
+    else:
+        picture, count, out = draw(model, args, label, how)
+        with whole_file(args.out or out) as temporary:
+            picture.save(temporary)
+        out = args.out or out
+    seconds = time.perf_counter() - start
+    print(
+        f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} images/s), {args.sampler}, {len(how.get('times', [])) - 1 if 'times' in how else args.steps} steps, scale {args.scale:g}"
+    )
+
+
+def draw(model, args, label, how):
+    """The picture that the arguments ask for, how many images it took, and its default file name."""
+    if args.text is not None:
+        labels = word_labels(model, args.text)
+        y = np.array([i for i in labels if i is not None])
+        images = generate(model, y, args.seed + np.arange(len(y)), args.batch, **how)
+        blank, drawn = np.zeros_like(images[:1]), iter(images)
+        row = np.stack([blank[0] if i is None else next(drawn) for i in labels])
+        return grid(row, len(row), scale=3, gap=0), len(y), f"{args.text.replace(' ', '_')}.png"
+    if args.grid:
+        columns = args.n or 8
+        picture = label_grid(model, columns, args.seed, batch=args.batch, **how)
+        return picture, columns * (len(model.classes) + 1), "grid.png"
+    label = model.zero_label if label is None else label
+    name = [*model.classes, "none"][label]
+    n = args.n or (2 if args.strip else 16)
+    y, seeds = np.full(n, label), args.seed + np.arange(n)
+    if args.strip:
+        return denoising_strip(model, y, seeds, **how), n, f"{name}_strip.png"
+    images = generate(model, y, seeds, args.batch, **how)
+    return grid(images, min(n, 8), scale=2), n, f"{name}.png"
+
+
+def write_folders(model, args, label, how):
+    """--per-label: DIR/<label>/<seed>.png. Returns how many were written."""
+    out = Path(args.out or "samples")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; name another with --out")
+    labels = range(len(model.classes)) if label is None else [label]
+    seeds = args.seed + np.arange(args.per_label)
+    for i in tqdm(labels, desc="labels", disable=None):
+        images = generate(model, np.full(len(seeds), i), seeds, args.batch, progress=False, **how)
+        for seed, image in zip(seeds, images):
+            with whole_file(out / [*model.classes, "none"][i] / f"{seed:06d}.png") as temporary:
+                Image.fromarray(image).save(temporary)
+    return len(labels) * len(seeds)
+
+
+def best_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+if __name__ == "__main__":
+    run_program(main)

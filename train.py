@@ -1,0 +1,472 @@
+"""Training: sections 3.5.4, 4.4.5, 4.7 and 5.2 of the thesis.
+
+    python train.py --stage letters                 the conditional pixel DDPM on 32 x 32 letters
+    python train.py --stage letters --resume        go on after an interruption, exactly where it stopped
+
+Everything goes to runs/<stage>: model.pt (what sample.py opens), checkpoint.pt (what --resume opens), log.csv, loss.png,
+previews. A run owns no random state: the rows, t, noise and dropped labels of update n are functions of (seed, n).
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import UserError, chart, open_letters, run_program, whole_file
+from ddpm import SCHEDULES, drop_labels
+from ldm import build_letters, load_weights, read_checkpoint, save_model
+from sample import best_device, label_grid
+
+# ------------------------------------------------------------------------------------------------------------------
+# Settings: one dataclass a stage, every field a flag
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def flag(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass
+class Letters:
+    """`--stage letters`. A field that is None takes its value from `SIZES[model]`."""
+
+    data: str | None = flag(None, "folder of class folders, or .npz (default: the embedded letters)", kind=str)
+    out: str = flag("runs/letters", "run folder")
+    model: str = flag(
+        "auto",
+        "small (fits two CPU cores), thesis (the wide network, batch 512), auto = thesis on a GPU",
+        choices=("auto", "small", "thesis"),
+    )
+    updates: int | None = flag(None, "how many updates to train", kind=int, resume=True)
+    batch: int | None = flag(None, "images an update", kind=int)
+    lr: float | None = flag(None, "peak learning rate of AdamW", kind=float)
+    channels: int | None = flag(None, "width of the first level", kind=int)
+    multipliers: tuple | None = flag(None, "width of every level as a multiple of it", kind=int, nargs="+")
+    ema: float | None = flag(None, "decay of the averaged weights", kind=float)
+    blocks: int = flag(1, "residual blocks a level")
+    schedule: str = flag("linear", "noise schedule", choices=tuple(SCHEDULES))
+    T: int = flag(1000, "diffusion steps")
+    p_uncond: float = flag(0.2, "share of labels replaced by the zero-label (4.4.3); 0 = no classifier-free training")
+    flip: bool = flag(False, "mirror half of the images, as in fig. 4.8 (makes letters wrong, E41)")
+    warmup: int = flag(100, "updates until the learning rate is reached")
+    weight_decay: float = flag(0.01, "of AdamW")
+    clip: float = flag(1.0, "largest gradient norm")
+    overfit: int = flag(0, "train on so many images only, to see that it learns; 0 = all")
+    seed: int = flag(0, "of the start weights, the order of the data, t, noise and dropped labels")
+    precision: str = flag(
+        "auto",
+        "float32, bf16 autocast, or the faster one as measured at the start",
+        choices=("auto", "float32", "bf16"),
+    )
+    compile: bool = flag(False, "torch.compile the network", resume=True)
+    device: str = flag("auto", "cuda, mps, cpu, or the best there is", resume=True)
+    validate_every: int = flag(200, "updates between two validation losses", resume=True)
+    preview_every: int = flag(600, "updates between two preview grids", resume=True)
+    save_every: int = flag(200, "updates between two checkpoints", resume=True)
+
+
+SIZES = {
+    "small": {"updates": 1800, "batch": 64, "lr": 1e-3, "channels": 32, "multipliers": (1, 2, 3, 4), "ema": 0.998},
+    "thesis": {"updates": 20_000, "batch": 512, "lr": 3e-4, "channels": 64, "multipliers": (1, 2, 4, 8), "ema": 0.9995},
+}
+STAGES = {"letters": Letters}
+
+
+def parse(arguments=None):
+    """The stage's settings, which of them were typed, and whether to resume."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
+    stage = first.parse_known_args(arguments)[0].stage if "-h" not in sys.argv and "--help" not in sys.argv else "letters"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first])
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    for f in fields(STAGES[stage]):
+        name = "--" + f.name.replace("_", "-")
+        default = "" if f.default is None or f.type is bool else f" (default {f.default})"
+        how = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
+        if f.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **how)
+        else:
+            options = {key: f.metadata[key] for key in ("choices", "nargs") if key in f.metadata}
+            parser.add_argument(name, type=f.metadata.get("kind", f.type), **options, **how)
+    typed = vars(parser.parse_args(arguments))
+    stage, resume = typed.pop("stage"), typed.pop("resume")
+    return stage, typed, resume
+
+
+def complete(settings):
+    """Fill in what depends on the machine, check the numbers, and say which model and why."""
+    if settings.device == "auto":
+        settings.device = best_device()
+    gpu = settings.device != "cpu"
+    if settings.model == "auto":
+        settings.model = "thesis" if gpu else "small"
+        print(f"--model {settings.model}: {'a GPU is there' if gpu else 'no GPU here'} (flags override it)")
+    for name, value in SIZES[settings.model].items():
+        if getattr(settings, name) is None:
+            setattr(settings, name, value)
+    settings.multipliers = tuple(settings.multipliers)
+    if settings.precision == "auto":
+        settings.precision = "bf16" if faster_in_bf16(settings.device) else "float32"
+        print(f"--precision {settings.precision}: measured faster on this {settings.device}")
+    positive = (
+        "updates",
+        "batch",
+        "lr",
+        "channels",
+        "blocks",
+        "T",
+        "clip",
+        "validate_every",
+        "preview_every",
+        "save_every",
+    )
+    for name in positive:
+        if getattr(settings, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be more than 0")
+    if not 0 <= settings.p_uncond <= 1 or not 0 <= settings.ema < 1:
+        raise UserError("--p-uncond must be between 0 and 1, --ema from 0 to below 1")
+    if settings.channels % 16 or not 1 <= len(settings.multipliers) <= 6 or min(settings.multipliers) < 1:
+        raise UserError("--channels must be a multiple of 16, --multipliers one to six positive numbers")
+
+
+def faster_in_bf16(device):
+    """Time a convolution forward and backward, a typical one of the small network, in float32 and under bf16 autocast."""
+
+    def seconds(bf16):
+        conv = torch.nn.Conv2d(64, 64, 3, padding=1).to(device)
+        x = torch.randn(64, 64, 16, 16, device=device)
+        best = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                conv(x).sum().backward()
+            conv.weight.grad.sum().item()  # waits for the device
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds(True) < 0.9 * seconds(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The stage: what a loss, a validation loss and a preview are
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def rng(*key):
+    """A CPU generator that is a function of `key`, whole numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+@lru_cache(maxsize=2)
+def permutation(seed, epoch, n):
+    return torch.randperm(n, generator=rng(seed, epoch, 1)).numpy()
+
+
+def rows_of_update(seed, n, batch, size):
+    """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch."""
+    position = np.arange(n * batch, (n + 1) * batch)
+    return np.concatenate(
+        [permutation(seed, e, size)[position[position // size == e] % size] for e in np.unique(position // size)]
+    )
+
+
+class LettersStage:
+    """The conditional DDPM on letters (4.4.5)."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.data = open_letters(settings.data)
+        print(self.data.report())
+        self.classes = self.data.classes
+        self.train_rows, self.validation_rows = self.data.split()
+        if settings.overfit:
+            self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
+        torch.manual_seed(settings.seed)
+        self.model = build_letters(asdict(settings), self.classes).to(settings.device)
+        unet = self.model.unet
+        if settings.compile:
+            unet.compile()
+
+    def loss(self, n):
+        """L_simple (3.5.4) of update n, with labels dropped as in 4.4.3."""
+        s = self.settings
+        rows = self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
+        draw = rng(s.seed, n, 2)
+        t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
+        noise = torch.randn((s.batch, *self.model.shape), generator=draw)
+        u, mirror = torch.rand((2, s.batch), generator=draw)
+        t, noise, u, mirror = (a.to(s.device, non_blocking=True) for a in (t, noise, u, mirror))
+        x, y = self.data.batch(rows, s.device)
+        if s.flip:
+            x = torch.where(mirror[:, None, None, None] < 0.5, x.flip(-1), x)
+        return self.model.loss(x, drop_labels(y, self.model.zero_label, s.p_uncond, u), t, noise).mean()
+
+    @torch.no_grad()
+    def validate(self, most=1040, batch=260):
+        """L_simple over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare."""
+        rows = self.validation_rows[:: max(1, len(self.validation_rows) // most)][:most]
+        draw = rng(0, 0, 3)
+        t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
+        noise = torch.randn((len(rows), *self.model.shape), generator=draw)
+        total = 0.0
+        for i in range(0, len(rows), batch):
+            x, y = self.data.batch(rows[i : i + batch], self.settings.device)
+            t_i, noise_i = (a[i : i + batch].to(x.device) for a in (t, noise))
+            total += self.model.loss(x, y, t_i, noise_i).sum().item()
+        return total / len(rows)
+
+    def preview(self, columns=3, steps=20):
+        """One row a label, the zero-label last, at the scale the thesis chose."""
+        return label_grid(self.model, columns, steps=steps, scale=2.0 if self.settings.p_uncond else 1.0, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Averaged weights, learning rate, log
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class EMA:
+    """5.2: a running average of the parameters, and of nothing else; decay min(decay, (1 + n)/(10 + n)) after update n.
+
+    Averaging runs alongside training and does not train (E62).
+    """
+
+    def __init__(self, model, decay):
+        self.model, self.decay = model, decay
+        self.average = [p.detach().clone() for p in model.parameters()]
+
+    def update(self, n):
+        decay = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """The model with the averaged weights, inside a `with`."""
+        raw = [p.data for p in self.model.parameters()]
+        for p, average in zip(self.model.parameters(), self.average):
+            p.data = average
+        try:
+            yield
+        finally:
+            for p, value in zip(self.model.parameters(), raw):
+                p.data = value
+
+
+def learning_rate(settings, n):
+    """Linear warm-up, then linear decay to 0 at the last update."""
+    warmup = min(1, (n + 1) / max(1, settings.warmup))
+    return settings.lr * warmup * min(1, (settings.updates - n) / max(1, settings.updates - settings.warmup))
+
+
+COLUMNS = (
+    "run",
+    "update",
+    "epoch",
+    "seconds",
+    "lr",
+    "train_loss",
+    "grad_norm",
+    "validation_loss",
+    "validation_loss_ema",
+)
+
+
+def draw_losses(log, path):
+    """5.2: the loss chart, training and validation; interruptions stay visible as gaps."""
+    rows = list(csv.DictReader(log.open()))
+    runs = sorted({row["run"] for row in rows}, key=int)
+
+    def pieces(column):
+        chosen = [[row for row in rows if row["run"] == run and row[column]] for run in runs]
+        return [([int(r["update"]) for r in piece], [float(r[column]) for r in piece]) for piece in chosen]
+
+    names = {
+        "train_loss": "training",
+        "validation_loss": "validation",
+        "validation_loss_ema": "validation, averaged weights",
+    }
+    lines = {name: pieces(column) for column, name in names.items()}
+    with whole_file(path) as temporary:
+        chart(lines, "Loss", "update", "mean squared error of the predicted noise").save(temporary)
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask for a stop after the current update; a second Ctrl-C does not wait."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def train(stage_name, typed, resume):
+    stop = Interruption()
+    out = Path(typed.get("out", STAGES[stage_name].out))
+    saved = read_checkpoint(out / "checkpoint.pt", {"settings", "update", "raw", "ema", "optimizer"}) if resume else None
+    settings = restore(stage_name, saved, typed) if saved else STAGES[stage_name](**typed)
+    if not resume and (out / "checkpoint.pt").exists():
+        raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
+    complete(settings)
+
+    stage = LettersStage(settings)
+    model = stage.model
+    ema = EMA(model, settings.ema)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
+    )
+    start, run, before = 0, 1, 0.0
+    if saved:
+        load_weights(model, saved["raw"], out)
+        ema.average = [saved["ema"][name].to(p.device) for name, p in model.named_parameters()]
+        optimizer.load_state_dict(saved["optimizer"])
+        start, run, before = saved["update"], saved["run"] + 1, saved["seconds"]
+    epoch = len(stage.train_rows) / settings.batch
+    count = sum(p.numel() for p in model.parameters())
+    print(
+        f"{count / 1e6:.1f}M parameters, batch {settings.batch}, {settings.updates:,} updates = {settings.updates / epoch:.1f} epochs -> {out}"
+    )
+
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "log.csv", run, start)
+    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, enabled=settings.precision == "bf16")
+    clock = time.perf_counter() - before
+    sums, since = torch.zeros(2, device=settings.device), 0  # loss and gradient norm since the last line of the log
+
+    bar = tqdm(total=settings.updates, initial=start, unit="update", smoothing=0.05, disable=None)
+    for n in range(start, settings.updates):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, n)
+        with autocast:
+            loss = stage.loss(n)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(n + 1)
+
+        done = n + 1
+        sums += torch.stack([loss.detach(), norm.detach()])
+        since += 1
+        bar.update()
+        due = [
+            done == settings.updates or stop.signal or done % every == 0
+            for every in (10, settings.validate_every, settings.preview_every, settings.save_every)
+        ]
+        if not any(due):
+            continue
+        train_loss, grad_norm = (sums / since).tolist()
+        sums, since = sums.zero_(), 0
+        if not math.isfinite(train_loss + grad_norm):
+            bar.close()
+            raise UserError(
+                f"the loss became {train_loss:g} before update {done}; stopped, and what was saved before is untouched. Try a smaller --lr, or --precision float32"
+            )
+        row = {
+            "update": done,
+            "epoch": f"{done / epoch:.3f}",
+            "seconds": f"{time.perf_counter() - clock:.1f}",
+            "lr": f"{learning_rate(settings, n):.3e}",
+            "train_loss": f"{train_loss:.6f}",
+            "grad_norm": f"{grad_norm:.4f}",
+        }
+        bar.set_postfix_str(f"loss {train_loss:.4f}, {(bar.format_dict['rate'] or 0) * settings.batch:.0f} images/s")
+        if due[1] and not stop.signal:
+            with autocast:
+                row["validation_loss"] = f"{stage.validate():.6f}"
+                with ema.swapped_in():
+                    row["validation_loss_ema"] = f"{stage.validate():.6f}"
+        log.write(row)
+        if due[2] and not stop.signal and done != settings.updates:
+            for name, weights in (("ema", ema.swapped_in()), ("raw", contextlib.nullcontext())):
+                with autocast, weights, whole_file(out / f"preview_{done:06d}_{name}.png") as temporary:
+                    stage.preview().save(temporary)
+        if due[3] or done == settings.updates or stop.signal:
+            raw = model.state_dict()
+            averaged = {name: average for (name, _), average in zip(model.named_parameters(), ema.average)}
+            state = {
+                "settings": asdict(settings),
+                "update": done,
+                "run": run,
+                "seconds": time.perf_counter() - clock,
+                "raw": raw,
+                "ema": averaged,
+                "optimizer": optimizer.state_dict(),
+            }
+            with whole_file(out / "checkpoint.pt") as temporary:
+                torch.save(state, temporary)
+            save_model(out / "model.pt", stage_name, settings, stage.classes, done, {"raw": raw, "ema": averaged})
+            draw_losses(log.path, out / "loss.png")
+        if stop.signal:
+            bar.close()
+            print(f"stopped after update {done}, all saved; go on with: {resume_command(stage_name, out)}")
+            sys.exit(128 + stop.signal)
+    bar.close()
+    with autocast, ema.swapped_in(), whole_file(out / "grid.png") as temporary:
+        stage.preview(columns=8, steps=50).save(temporary)
+    print(f"{out / 'grid.png'}: a row a label, made with {out / 'model.pt'}; next: python sample.py --run {out} --text HELLO")
+
+
+def restore(stage_name, saved, typed):
+    """The settings of a saved run; of what was typed, only fields marked `resume` may differ."""
+    stage = STAGES[stage_name]
+    settings = stage(**saved["settings"])
+    for f in fields(stage):
+        if f.name not in typed or f.name == "out" or typed[f.name] == saved["settings"][f.name]:
+            continue
+        if not f.metadata.get("resume"):
+            raise UserError(
+                f"--{f.name.replace('_', '-')} was {saved['settings'][f.name]} when this run began and cannot change; start a new run with --out DIR"
+            )
+        setattr(settings, f.name, typed[f.name])
+    settings.out = typed.get("out", settings.out)
+    return settings
+
+
+def resume_command(stage_name, out):
+    where = "" if str(out) == STAGES[stage_name].out else f" --out {out}"
+    return f"python train.py --stage {stage_name} --resume{where}"
+
+
+class Log:
+    """log.csv, a line every ten updates. A resumed run drops lines past its checkpoint and goes on with a new run number."""
+
+    def __init__(self, path, run, start):
+        self.path, self.run = path, run
+        rows = []
+        if start and path.exists():
+            rows = [row for row in csv.DictReader(path.open()) if int(row["update"]) <= start]
+        with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write(self, row):
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, restval="").writerow({"run": self.run, **row})
+
+
+def main():
+    train(*parse())
+
+
+if __name__ == "__main__":
+    run_program(main)

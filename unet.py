@@ -1,0 +1,262 @@
+"""The denoising network eps_theta(x_t, t, label): sections 3.5.5, 4.3 and 4.5 of the thesis.
+
+One class, `UNet`, serves the 32x32 letters model and the 400M latent model. Three rules keep it free of special cases:
+
+1. every layer has one signature, `forward(x, emb, context)`, and ignores what it does not use: a chain is a plain loop;
+2. the kind of attention is an argument that builds a layer from a channel count, e.g. `attention=LinearAttention`;
+3. the label enters in one of two places and the caller decides: `y` (an embedding added to the time embedding, fig. 4.6)
+   or `context` (tokens for cross-attention, section 4.5.1).
+
+Attribute names (`input_blocks.1.0.in_layers.2.weight`, ...) are those of the published latent diffusion checkpoints, so
+such a state dict loads with `strict=True` and no table of names.
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.3.2  Time: sinusoidal positional encoding
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t, dim, max_period=10_000):
+    """Positional encoding, section 4.3.2 (corrected, E43-E45).
+
+        PE(t) = [cos(t w_0), ..., cos(t w_{h-1}), sin(t w_0), ..., sin(t w_{h-1})],  w_i = max_period^(-i/h),  h = dim/2
+
+    The thesis interleaves sin and cos (at swapped indices), its fig. 4.6 concatenates [sin | cos] and takes the exponential
+    of `half_dim` where `arange(half_dim)` is meant. All orders are permutations of one another; this one is the published
+    checkpoints', and so is the divisor h (fig. 4.6 has h - 1).
+
+    t: (B,) time steps, raw integers; dim: even. Returns (B, dim), float32 whatever the precision of the network.
+    """
+    half = dim // 2
+    w = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (h,)
+    angle = t.float()[:, None] * w[None, :]  # (B, h)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, dim)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3.5.5  Layers. All of them: forward(x, emb, context) -> x
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Conv2d):
+    def forward(self, x, emb=None, context=None):
+        return super().forward(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block: h = conv(silu(norm x)) + linear(silu emb);  out = skip(x) + conv(silu(norm h)).
+
+    The sum with `emb` is where time (and, in the letters model, the label) reaches the features.
+    """
+
+    def __init__(self, in_channels, out_channels, emb_channels, dropout=0.0, groups=32):
+        super().__init__()
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, emb, context=None):
+        h = self.in_layers(x)  # (B, C', H, W)
+        h = h + self.emb_layers(emb)[:, :, None, None]
+        h = self.out_layers(h)
+        return self.skip_connection(x) + h
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x, emb=None, context=None):
+        return self.op(x)  # (B, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, emb=None, context=None):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+def zero_init(layer):
+    """Start a residual branch at zero, so that the block begins as the identity."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.4, 4.4.5  Attention
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class LinearAttention(nn.Module):
+    """Linear attention of the thesis's reference [17], section 4.4.5 (E46), over the N = H W positions.
+
+        D(Q, K, V)_i = sum_j (1 + q_i . k_j) v_j / sum_j (1 + q_i . k_j),     q_i, k_j scaled to unit length
+
+    Softmax attention with exp(q . k) replaced by its first-order expansion 1 + q . k, which is an inner product of
+    phi(q) = (1, q) with phi(k): the sum over j can be done once for all i, in O(N) instead of O(N^2).
+    As in [17], q and k have an eighth of the channels. (Another module of the same name, with a softmax over q and one
+    over k, is common in diffusion code; it is not this one.)
+    """
+
+    def __init__(self, channels, groups=32):
+        super().__init__()
+        self.splits = [max(8, channels // 8)] * 2 + [channels]  # channels of q, k, v
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Conv2d(channels, sum(self.splits), 1, bias=False)
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb=None, context=None):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, -1)
+        h = linear_attention(*qkv.split(self.splits, dim=-1))  # (B, N, C)
+        return x + self.proj_out(h.reshape(B, H, W, C).permute(0, 3, 1, 2))
+
+
+def linear_attention(q, k, v):
+    """D(Q, K, V) of `LinearAttention` as  phi(q_i) (sum_j phi(k_j) v_j^T) / phi(q_i) . sum_j phi(k_j).
+
+    q, k: (..., N, d); v: (..., N, C). Returns (..., N, C).
+    """
+
+    def phi(x):  # (..., N, d) -> (..., 1 + d, N); d is small, so the long axis goes last
+        x = x.transpose(-1, -2).contiguous()
+        unit = x * (x.square().sum(-2, keepdim=True) + 1e-6).rsqrt()
+        return F.pad(unit, (0, 0, 1, 0), value=1.0)
+
+    q, k = phi(q), phi(k)
+    denominator = k.sum(-1, keepdim=True).transpose(-1, -2) @ q  # (..., 1, N), between 0 and 2 N
+    weight = q * denominator.reciprocal()
+    return weight.transpose(-1, -2) @ (k @ v)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 3.5.5, 4.5.1  The U-Net
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Sequential):
+    """A chain of layers that all take (x, emb, context)."""
+
+    def forward(self, x, emb, context=None):
+        for layer in self:
+            x = layer(x, emb, context)
+        return x
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t, y or context).
+
+    in_channels, out_channels: of the image or latent
+    channels      width of the first level
+    multipliers   width of every level as a multiple of `channels`; the resolution halves between levels
+    blocks        residual blocks a level on the way down (one more on the way up)
+    attention     builds an attention layer from a channel count, or None for a network without any
+    attention_levels  the levels that get it; None = all
+    num_labels    rows of the label table, the zero-label included (section 4.4.3), or None if the label comes as context
+    groups        of every GroupNorm in a residual block
+
+    `forward(x, t, y=None, context=None)`: x (B, C, H, W) with H and W divisible by 2^(levels - 1); t (B,) integers, counted
+    from 0 as in the published checkpoints; y (B,) labels; context (B, n, d) tokens. Returns (B, out_channels, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        channels,
+        multipliers,
+        blocks,
+        attention,
+        attention_levels=None,
+        num_labels=None,
+        dropout=0.0,
+        groups=32,
+    ):
+        super().__init__()
+        self.channels = channels
+        emb_channels = 4 * channels
+        levels = range(len(multipliers))
+        attends = set(levels if attention_levels is None else attention_levels) if attention else set()
+
+        def block(level, c_in, c_out, *more):
+            layers = [ResBlock(c_in, c_out, emb_channels, dropout, groups)]
+            if level in attends:
+                layers.append(attention(c_out))
+            return Block(*layers, *more)
+
+        self.time_embed = nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        if num_labels is not None:
+            self.label_emb = nn.Embedding(num_labels, emb_channels)
+
+        self.input_blocks = nn.ModuleList([Block(Conv(in_channels, channels, 3, padding=1))])
+        c, skips = channels, [channels]
+        for level in levels:
+            for _ in range(blocks):
+                self.input_blocks.append(block(level, c, channels * multipliers[level]))
+                c = channels * multipliers[level]
+                skips.append(c)
+            if level != levels[-1]:
+                self.input_blocks.append(Block(Downsample(c)))
+                skips.append(c)
+
+        self.middle_block = Block(*block(levels[-1], c, c), ResBlock(c, c, emb_channels, dropout, groups))
+
+        self.output_blocks = nn.ModuleList()
+        for level in reversed(levels):
+            for i in range(blocks + 1):
+                c_out = channels * multipliers[level]
+                up = [Upsample(c_out)] if level and i == blocks else []
+                self.output_blocks.append(block(level, c + skips.pop(), c_out, *up))
+                c = c_out
+
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(nn.Conv2d(c, out_channels, 3, padding=1)))
+
+    def forward(self, x, t, y=None, context=None):
+        emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))  # (B, 4 channels)
+        if y is not None:
+            emb = emb + self.label_emb(y)  # the sum of fig. 4.6; 4.3.1 says "concatenating" (E42)
+        h, skips = x, []
+        for module in self.input_blocks:
+            h = module(h, emb, context)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for module in self.output_blocks:
+            h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Named sizes
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def letters_unet(channels, multipliers, blocks, num_labels):
+    """4.4.5: the shallow U-Net for 32 x 32 letters; four multipliers are its "4 down and up-sampling layers".
+
+    One block a level puts linear attention right before each down- and up-sampling. Groups of 16 channels and more: on a CPU
+    in bfloat16 the normalisation of smaller ones takes longer than the convolutions.
+    """
+    groups = max(1, channels // 16)
+    attention = partial(LinearAttention, groups=groups)
+    return UNet(3, 3, channels, multipliers, blocks, attention, num_labels=num_labels, groups=groups)
