@@ -338,9 +338,8 @@ def read_npz(path):
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
         raise UserError(f"{path}: not an .npz file that can be read") from error
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or len(array) != len(labels) or len(array) == 0:
-        raise UserError(
-            f"{path}: expected uint8 images (N, H, W) or (N, H, W, C) and N labels, found {array.dtype} {array.shape}, labels {labels.shape}"
-        )
+        found = f"{array.dtype} {array.shape} and {len(labels)} labels"
+        raise UserError(f"{path}: expected uint8 images (N, H, W) or (N, H, W, C) and N labels, found {found}")
     values, numbers = np.unique(labels, return_inverse=True)
     classes = [str(value) for value in values]
     if np.issubdtype(labels.dtype, np.integer):

@@ -272,5 +272,5 @@ def classifier_guided_mean(mu, sigma2, gradient, scale):
 
 
 def classifier_guided_eps(eps, alpha_bar, gradient, scale):
-    """eq. 4.1 for samplers that only know eps (DDIM, PLMS; E48):  eps' = eps - s sqrt(1 - alpha_bar_t) grad log f(y | x_t, t)."""
+    """eq. 4.1 for samplers that only know eps (DDIM, PLMS; E48):  eps' = eps - s sqrt(1 - alpha_bar_t) grad log f(y|x_t, t)."""
     return eps - scale * (1 - alpha_bar) ** 0.5 * gradient

@@ -169,12 +169,15 @@ class ImageNoise:
 
 
 @torch.no_grad()
-def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=False, times=None):
-    """The sampler's generator of (t, x, x_0) for labels y (B,) and one seed an image. times: other time steps than S even ones."""
+def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=False):
+    """A sampler at work, (t, x, x_0) after every step, for labels y (B,) and one seed an image.
+
+    steps: how many, spread evenly, or the list of time steps itself.
+    """
+    alpha_bar = model.diffusion.alpha_bar
+    times = steps if isinstance(steps, list) else timesteps(model.diffusion.T, steps)
     device = next(model.parameters()).device
     noise = ImageNoise(seeds, model.shape, device)
-    alpha_bar = model.diffusion.alpha_bar
-    times = times or timesteps(model.diffusion.T, steps)
     eps = with_cfg(model, torch.as_tensor(y, device=device), scale)
     if clip:
         eps = with_clipping(eps, alpha_bar)
@@ -188,14 +191,15 @@ def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=
 
 
 @torch.no_grad()
-def generate(model, y, seeds, batch=64, progress=True, **how):
-    """Images for labels y and seeds, (N,) each, as (N, H, W, 3) uint8. `how`: the arguments of `denoise`."""
+def generate(model, y, seeds, steps=50, batch=64, progress=True, **how):
+    """Images for labels y and seeds, (N,) each, as (N, H, W, 3) uint8. `how`: further arguments of `denoise`."""
+    chunks = [slice(i, i + batch) for i in range(0, len(y), batch)]
+    total = len(chunks) * (len(steps) - 1 if isinstance(steps, list) else steps)
     images = []
-    steps = len(how["times"]) - 1 if how.get("times") else how.get("steps", 50)
-    with tqdm(total=len(y) * steps, unit="step", desc="denoising", disable=None if progress else True) as bar:
-        for i in range(0, len(y), batch):
-            for _, x, _ in denoise(model, y[i : i + batch], seeds[i : i + batch], **how):
-                bar.update(len(x))
+    with tqdm(total=total, unit="step", desc="denoising", disable=None if progress else True) as bar:
+        for chunk in chunks:
+            for _, x, _ in denoise(model, y[chunk], seeds[chunk], steps=steps, **how):  # noqa: B007  the last x is wanted
+                bar.update()
             images.append(to_uint8(model.decode(x)))
     return np.concatenate(images)
 
@@ -280,12 +284,13 @@ def main():
     T = model.diffusion.T
     if not 1 <= args.steps <= T:
         raise UserError(f"--steps {args.steps}: expected 1 to {T}, the steps the model was trained with")
-    how = {"sampler": args.sampler, "steps": args.steps, "scale": args.scale, "eta": args.eta, "clip": args.clip}
+    steps = args.steps
     if args.times == "published":
         try:
-            how["times"] = published_timesteps(T, args.steps)
+            steps = published_timesteps(T, args.steps)
         except ValueError as error:
             raise UserError(f"--times published: {error}") from None
+    how = {"sampler": args.sampler, "steps": steps, "scale": args.scale, "eta": args.eta, "clip": args.clip}
     label = label_number(model, args.label) if args.label else None
     if model.settings["p_uncond"] == 0 and (args.scale != 1 or label == model.zero_label or args.grid):
         print(
@@ -295,16 +300,15 @@ def main():
 
     start = time.perf_counter()
     if args.per_label:
-        count, out = write_folders(model, args, label, how), args.out or "samples"
+        out = Path(args.out or "samples")
+        count = write_folders(model, out, args, label, how)
     else:
         picture, count, out = draw(model, args, label, how)
-        with whole_file(args.out or out) as temporary:
+        out = Path(args.out or out)
+        with whole_file(out) as temporary:
             picture.save(temporary)
-        out = args.out or out
     seconds = time.perf_counter() - start
-    print(
-        f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} images/s), {args.sampler}, {len(how.get('times', [])) - 1 if 'times' in how else args.steps} steps, scale {args.scale:g}"
-    )
+    print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second), {args.sampler}, scale {args.scale:g}")
 
 
 def draw(model, args, label, how):
@@ -312,7 +316,7 @@ def draw(model, args, label, how):
     if args.text is not None:
         labels = word_labels(model, args.text)
         y = np.array([i for i in labels if i is not None])
-        images = generate(model, y, args.seed + np.arange(len(y)), args.batch, **how)
+        images = generate(model, y, args.seed + np.arange(len(y)), batch=args.batch, **how)
         blank, drawn = np.zeros_like(images[:1]), iter(images)
         row = np.stack([blank[0] if i is None else next(drawn) for i in labels])
         return grid(row, len(row), scale=3, gap=0), len(y), f"{args.text.replace(' ', '_')}.png"
@@ -326,19 +330,18 @@ def draw(model, args, label, how):
     y, seeds = np.full(n, label), args.seed + np.arange(n)
     if args.strip:
         return denoising_strip(model, y, seeds, **how), n, f"{name}_strip.png"
-    images = generate(model, y, seeds, args.batch, **how)
+    images = generate(model, y, seeds, batch=args.batch, **how)
     return grid(images, min(n, 8), scale=2), n, f"{name}.png"
 
 
-def write_folders(model, args, label, how):
-    """--per-label: DIR/<label>/<seed>.png. Returns how many were written."""
-    out = Path(args.out or "samples")
+def write_folders(model, out, args, label, how):
+    """--per-label: out/<label>/<seed>.png. Returns how many were written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; name another with --out")
     labels = range(len(model.classes)) if label is None else [label]
     seeds = args.seed + np.arange(args.per_label)
     for i in tqdm(labels, desc="labels", disable=None):
-        images = generate(model, np.full(len(seeds), i), seeds, args.batch, progress=False, **how)
+        images = generate(model, np.full(len(seeds), i), seeds, batch=args.batch, progress=False, **how)
         for seed, image in zip(seeds, images):
             with whole_file(out / [*model.classes, "none"][i] / f"{seed:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary)

@@ -107,6 +107,10 @@ def complete(settings):
     """Fill in what depends on the machine, check the numbers, and say which model and why."""
     if settings.device == "auto":
         settings.device = best_device()
+    try:
+        torch.zeros(1, device=settings.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {settings.device}: not there on this machine") from None
     gpu = settings.device != "cpu"
     if settings.model == "auto":
         settings.model = "thesis" if gpu else "small"
@@ -193,9 +197,8 @@ class LettersStage:
             self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
         torch.manual_seed(settings.seed)
         self.model = build_letters(asdict(settings), self.classes).to(settings.device)
-        unet = self.model.unet
         if settings.compile:
-            unet.compile()
+            self.model.unet.compile()
 
     def loss(self, n):
         """L_simple (3.5.4) of update n, with labels dropped as in 4.4.3."""
@@ -225,9 +228,11 @@ class LettersStage:
             total += self.model.loss(x, y, t_i, noise_i).sum().item()
         return total / len(rows)
 
-    def preview(self, columns=3, steps=20):
+    def preview(self, path, columns=4, steps=20):
         """One row a label, the zero-label last, at the scale the thesis chose."""
-        return label_grid(self.model, columns, steps=steps, scale=2.0 if self.settings.p_uncond else 1.0, progress=False)
+        scale = 2.0 if self.settings.p_uncond else 1.0
+        with whole_file(path) as temporary:
+            label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=scale, progress=False).save(temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -242,24 +247,34 @@ class EMA:
     """
 
     def __init__(self, model, decay):
-        self.model, self.decay = model, decay
-        self.average = [p.detach().clone() for p in model.parameters()]
+        self.decay = decay
+        self.names, self.parameters = zip(*model.named_parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
 
     def update(self, n):
         decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.model.parameters()], 1 - decay)
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
 
     @contextlib.contextmanager
-    def swapped_in(self):
-        """The model with the averaged weights, inside a `with`."""
-        raw = [p.data for p in self.model.parameters()]
-        for p, average in zip(self.model.parameters(), self.average):
-            p.data = average
+    def averaged(self):
+        """The model has the averaged weights inside this `with`."""
+        raw = [p.data for p in self.parameters]
+        self._put(self.average)
         try:
             yield
         finally:
-            for p, value in zip(self.model.parameters(), raw):
-                p.data = value
+            self._put(raw)
+
+    def _put(self, values):
+        for p, value in zip(self.parameters, values):
+            p.data = value
+
+    def state_dict(self):
+        return dict(zip(self.names, self.average))
+
+    def load(self, state):
+        for name, average in zip(self.names, self.average):
+            average.copy_(state[name])
 
 
 def learning_rate(settings, n):
@@ -268,34 +283,40 @@ def learning_rate(settings, n):
     return settings.lr * warmup * min(1, (settings.updates - n) / max(1, settings.updates - settings.warmup))
 
 
-COLUMNS = (
-    "run",
-    "update",
-    "epoch",
-    "seconds",
-    "lr",
-    "train_loss",
-    "grad_norm",
-    "validation_loss",
-    "validation_loss_ema",
-)
+class Log:
+    """log.csv. A resumed run drops the lines past its checkpoint and goes on under a new run number."""
+
+    COLUMNS = ("run", "update", "epoch", "seconds", "lr", "train_loss", "grad_norm", "validation_loss", "validation_loss_ema")
+
+    def __init__(self, path, run, start):
+        self.path = path
+        kept = [row for row in self.rows() if int(row["update"]) <= start] if run > 1 else []
+        with whole_file(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.COLUMNS)
+            writer.writeheader()
+            writer.writerows(kept)
+
+    def rows(self):
+        return list(csv.DictReader(self.path.open())) if self.path.exists() else []
+
+    def write(self, row):
+        row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.COLUMNS, restval="").writerow(row)
 
 
 def draw_losses(log, path):
     """5.2: the loss chart, training and validation; interruptions stay visible as gaps."""
-    rows = list(csv.DictReader(log.open()))
-    runs = sorted({row["run"] for row in rows}, key=int)
-
-    def pieces(column):
-        chosen = [[row for row in rows if row["run"] == run and row[column]] for run in runs]
-        return [([int(r["update"]) for r in piece], [float(r[column]) for r in piece]) for piece in chosen]
-
-    names = {
-        "train_loss": "training",
-        "validation_loss": "validation",
-        "validation_loss_ema": "validation, averaged weights",
+    rows = log.rows()
+    pieces = [[row for row in rows if row["run"] == run] for run in sorted({row["run"] for row in rows}, key=int)]
+    names = {"train_loss": "training", "validation_loss": "validation", "validation_loss_ema": "validation, averaged weights"}
+    lines = {
+        name: [
+            ([int(row["update"]) for row in piece if row[column]], [float(row[column]) for row in piece if row[column]])
+            for piece in pieces
+        ]
+        for column, name in names.items()
     }
-    lines = {name: pieces(column) for column, name in names.items()}
     with whole_file(path) as temporary:
         chart(lines, "Loss", "update", "mean squared error of the predicted noise").save(temporary)
 
@@ -319,16 +340,15 @@ class Interruption:
 
 
 def train(stage_name, typed, resume):
-    stop = Interruption()
     out = Path(typed.get("out", STAGES[stage_name].out))
     saved = read_checkpoint(out / "checkpoint.pt", {"settings", "update", "raw", "ema", "optimizer"}) if resume else None
-    settings = restore(stage_name, saved, typed) if saved else STAGES[stage_name](**typed)
     if not resume and (out / "checkpoint.pt").exists():
         raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
+    settings = restore(stage_name, saved, typed) if saved else STAGES[stage_name](**typed)
     complete(settings)
 
     stage = LettersStage(settings)
-    model = stage.model
+    model, device = stage.model, settings.device
     ema = EMA(model, settings.ema)
     optimizer = torch.optim.AdamW(
         model.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
@@ -336,22 +356,20 @@ def train(stage_name, typed, resume):
     start, run, before = 0, 1, 0.0
     if saved:
         load_weights(model, saved["raw"], out)
-        ema.average = [saved["ema"][name].to(p.device) for name, p in model.named_parameters()]
+        ema.load(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         start, run, before = saved["update"], saved["run"] + 1, saved["seconds"]
-    epoch = len(stage.train_rows) / settings.batch
-    count = sum(p.numel() for p in model.parameters())
-    print(
-        f"{count / 1e6:.1f}M parameters, batch {settings.batch}, {settings.updates:,} updates = {settings.updates / epoch:.1f} epochs -> {out}"
-    )
 
-    out.mkdir(parents=True, exist_ok=True)
+    epoch = len(stage.train_rows) / settings.batch  # updates
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{size:.1f}M parameters; {settings.updates:,} updates of {settings.batch}, {settings.updates / epoch:.1f} epochs")
     log = Log(out / "log.csv", run, start)
-    autocast = torch.autocast(torch.device(settings.device).type, torch.bfloat16, enabled=settings.precision == "bf16")
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bf16")
+    sums, count = torch.zeros(2, device=device), 0  # of loss and gradient norm since the last line of the log
     clock = time.perf_counter() - before
-    sums, since = torch.zeros(2, device=settings.device), 0  # loss and gradient norm since the last line of the log
-
+    stop = Interruption()
     bar = tqdm(total=settings.updates, initial=start, unit="update", smoothing=0.05, disable=None)
+
     for n in range(start, settings.updates):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, n)
@@ -362,106 +380,73 @@ def train(stage_name, typed, resume):
         optimizer.step()
         optimizer.zero_grad()
         ema.update(n + 1)
+        sums += torch.stack([loss.detach(), norm.detach()])
+        count += 1
+        bar.update()
 
         done = n + 1
-        sums += torch.stack([loss.detach(), norm.detach()])
-        since += 1
-        bar.update()
-        due = [
-            done == settings.updates or stop.signal or done % every == 0
-            for every in (10, settings.validate_every, settings.preview_every, settings.save_every)
-        ]
-        if not any(due):
+        last = done == settings.updates or stop.signal
+        save = last or done % settings.save_every == 0
+        validate = not stop.signal and (last or done % settings.validate_every == 0)
+        if not (save or validate or done % 10 == 0):
             continue
-        train_loss, grad_norm = (sums / since).tolist()
-        sums, since = sums.zero_(), 0
+        train_loss, grad_norm = (sums / count).tolist()
+        sums, count = torch.zeros_like(sums), 0
         if not math.isfinite(train_loss + grad_norm):
             bar.close()
             raise UserError(
-                f"the loss became {train_loss:g} before update {done}; stopped, and what was saved before is untouched. Try a smaller --lr, or --precision float32"
+                f"the loss or its gradient is no longer finite at update {done}; stopped without saving, "
+                f"earlier checkpoints are untouched. Try a smaller --lr or --precision float32"
             )
-        row = {
-            "update": done,
-            "epoch": f"{done / epoch:.3f}",
-            "seconds": f"{time.perf_counter() - clock:.1f}",
-            "lr": f"{learning_rate(settings, n):.3e}",
-            "train_loss": f"{train_loss:.6f}",
-            "grad_norm": f"{grad_norm:.4f}",
-        }
-        bar.set_postfix_str(f"loss {train_loss:.4f}, {(bar.format_dict['rate'] or 0) * settings.batch:.0f} images/s")
-        if due[1] and not stop.signal:
-            with autocast:
-                row["validation_loss"] = f"{stage.validate():.6f}"
-                with ema.swapped_in():
-                    row["validation_loss_ema"] = f"{stage.validate():.6f}"
-        log.write(row)
-        if due[2] and not stop.signal and done != settings.updates:
-            for name, weights in (("ema", ema.swapped_in()), ("raw", contextlib.nullcontext())):
-                with autocast, weights, whole_file(out / f"preview_{done:06d}_{name}.png") as temporary:
-                    stage.preview().save(temporary)
-        if due[3] or done == settings.updates or stop.signal:
-            raw = model.state_dict()
-            averaged = {name: average for (name, _), average in zip(model.named_parameters(), ema.average)}
-            state = {
-                "settings": asdict(settings),
-                "update": done,
-                "run": run,
-                "seconds": time.perf_counter() - clock,
-                "raw": raw,
-                "ema": averaged,
-                "optimizer": optimizer.state_dict(),
-            }
+        images = (bar.format_dict["rate"] or 0) * settings.batch
+        bar.set_postfix_str(f"loss {train_loss:.4f}, {images:.0f} images/s")
+        row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n)}
+        row |= {"train_loss": train_loss, "grad_norm": grad_norm}
+        with autocast:
+            if validate:
+                row["validation_loss"] = stage.validate()
+                with ema.averaged():
+                    row["validation_loss_ema"] = stage.validate()
+            if done % settings.preview_every == 0 and not last:
+                stage.preview(out / f"preview_{done:06d}_raw.png")
+                with ema.averaged():
+                    stage.preview(out / f"preview_{done:06d}.png")
+        seconds = time.perf_counter() - clock
+        log.write({"run": run, "seconds": seconds, **row})
+        if save:
+            weights = {"raw": model.state_dict(), "ema": ema.state_dict()}
+            state = {"update": done, "run": run, "seconds": seconds, "optimizer": optimizer.state_dict(), **weights}
             with whole_file(out / "checkpoint.pt") as temporary:
-                torch.save(state, temporary)
-            save_model(out / "model.pt", stage_name, settings, stage.classes, done, {"raw": raw, "ema": averaged})
-            draw_losses(log.path, out / "loss.png")
+                torch.save({"settings": asdict(settings), **state}, temporary)
+            save_model(out / "model.pt", stage_name, settings, stage.classes, done, weights)
+            draw_losses(log, out / "loss.png")
         if stop.signal:
             bar.close()
-            print(f"stopped after update {done}, all saved; go on with: {resume_command(stage_name, out)}")
+            print(f"stopped after update {done} and saved; to go on: {resume_command(stage_name, out)}")
             sys.exit(128 + stop.signal)
+
     bar.close()
-    with autocast, ema.swapped_in(), whole_file(out / "grid.png") as temporary:
-        stage.preview(columns=8, steps=50).save(temporary)
-    print(f"{out / 'grid.png'}: a row a label, made with {out / 'model.pt'}; next: python sample.py --run {out} --text HELLO")
+    with autocast, ema.averaged():
+        stage.preview(out / "grid.png", columns=8, steps=50)
+    print(f"{out / 'grid.png'} shows every label; next: python sample.py --run {out} --text HELLO")
 
 
 def restore(stage_name, saved, typed):
     """The settings of a saved run; of what was typed, only fields marked `resume` may differ."""
-    stage = STAGES[stage_name]
-    settings = stage(**saved["settings"])
-    for f in fields(stage):
-        if f.name not in typed or f.name == "out" or typed[f.name] == saved["settings"][f.name]:
-            continue
-        if not f.metadata.get("resume"):
-            raise UserError(
-                f"--{f.name.replace('_', '-')} was {saved['settings'][f.name]} when this run began and cannot change; start a new run with --out DIR"
-            )
-        setattr(settings, f.name, typed[f.name])
-    settings.out = typed.get("out", settings.out)
+    settings = STAGES[stage_name](**saved["settings"])
+    for f in fields(settings):
+        value = typed.get(f.name, getattr(settings, f.name))
+        value = tuple(value) if isinstance(value, list) else value
+        if value != getattr(settings, f.name) and not f.metadata.get("resume"):
+            name = "--" + f.name.replace("_", "-")
+            raise UserError(f"{name} was {getattr(settings, f.name)} when this run began; another value needs a new --out DIR")
+        setattr(settings, f.name, value)
     return settings
 
 
 def resume_command(stage_name, out):
     where = "" if str(out) == STAGES[stage_name].out else f" --out {out}"
     return f"python train.py --stage {stage_name} --resume{where}"
-
-
-class Log:
-    """log.csv, a line every ten updates. A resumed run drops lines past its checkpoint and goes on with a new run number."""
-
-    def __init__(self, path, run, start):
-        self.path, self.run = path, run
-        rows = []
-        if start and path.exists():
-            rows = [row for row in csv.DictReader(path.open()) if int(row["update"]) <= start]
-        with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def write(self, row):
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, restval="").writerow({"run": self.run, **row})
 
 
 def main():

@@ -1,0 +1,107 @@
+"""Performance, measured as ratios within one run:  python tests/bench.py
+
+training     images/s of the letters model, in float32 and bf16
+sampling     images/s with PLMS-50 and guidance, and the share of the time spent outside the network
+packing      opening a packed set of 400,000 images
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data import ALPHABET, open_packed
+from ddpm import linear_schedule
+from ldm import PixelDiffusion
+from sample import denoise
+from train import SIZES
+from unet import letters_unet
+
+
+def seconds(call, times=5):
+    """The fastest of several calls, after one that does not count."""
+    call()
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def letters_model():
+    size = SIZES["small"]
+    unet = letters_unet(size["channels"], size["multipliers"], 1, 27)
+    for p in unet.parameters():
+        p.data += 0.01 * torch.randn_like(p)
+    return PixelDiffusion(unet, linear_schedule(), ALPHABET, (3, 32, 32)).to(memory_format=torch.channels_last)
+
+
+def bench_training(batch=64):
+    model = letters_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    x, y = torch.randn(batch, 3, 32, 32), torch.randint(0, 27, (batch,))
+    t = torch.randint(1, 1001, (batch,))
+
+    def update(bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            model.loss(x, y, t, torch.randn_like(x)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    single, bf16 = (batch / seconds(lambda: update(b)) for b in (False, True))  # noqa: B023
+    print(f"training, {count:.1f}M parameters, batch {batch}: {single:.0f} images/s float32, {bf16:.0f} bf16")
+
+
+def bench_sampling(batch=20, steps=50):
+    model = letters_model().eval()
+    inside, network = 0.0, model.unet.forward
+
+    def timed(*args, **kwargs):
+        nonlocal inside
+        start = time.perf_counter()
+        out = network(*args, **kwargs)
+        inside += time.perf_counter() - start
+        return out
+
+    model.unet.forward = timed
+    y, seeds = np.arange(batch) % 26, np.arange(batch)
+    list(denoise(model, y, seeds, steps=2))
+    inside, start = 0.0, time.perf_counter()
+    list(denoise(model, y, seeds, steps=steps, scale=2.0))
+    total = time.perf_counter() - start
+    print(
+        f"sampling, PLMS-{steps}, scale 2, batch {batch}: {total:.1f} s, {batch / total:.1f} images/s, "
+        f"{100 * (1 - inside / total):.1f} % outside the network"
+    )
+
+
+def bench_opening(count=400_000):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fonts.npz"
+        images = np.random.default_rng(0).integers(0, 256, (count, 32, 32), np.uint8)
+        np.savez(path, images=images, labels=np.arange(count) % 26)
+        first = time.perf_counter()
+        open_packed(path, 32)
+        packing = time.perf_counter() - first
+        opening = seconds(lambda: open_packed(path, 32))
+        letters = open_packed(path, 32)
+        rows = np.random.default_rng(0).integers(0, count, 512)
+        batch = seconds(lambda: letters.batch(rows))
+    print(
+        f"packing {count:,} images: {count / packing:,.0f} images/s; opening them {1000 * opening:.1f} ms; "
+        f"a batch of 512 {1000 * batch:.1f} ms"
+    )
+
+
+if __name__ == "__main__":
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    bench_training()
+    bench_sampling()
+    bench_opening()

@@ -1,0 +1,59 @@
+"""Helpers: run a program of the project in this process as a user would, and a tiny untrained model on disk."""
+
+import sys
+
+import pytest
+import torch
+
+import data
+import sample
+import train
+from ldm import build_letters, save_model
+
+TINY = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "schedule": "linear", "T": 1000, "p_uncond": 0.2}
+PROGRAMS = {"sample": sample.main, "train": train.main, "data": data.main}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("sample", "--label", "A", ...) -> (exit code, stdout, stderr)."""
+
+    def call(program, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            data.run_program(PROGRAMS[program])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Run a program that must refuse its input: exit code 2 and one line on stderr, which is returned."""
+
+    def call(program, *arguments):
+        code, _, err = run(program, *arguments)
+        lines = [line for line in err.strip().splitlines() if line.startswith("error: ")]
+        assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
+        return lines[0]
+
+    return call
+
+
+def make_tiny_model(path, **changes):
+    settings = TINY | changes
+    torch.manual_seed(0)
+    model = build_letters(settings, data.ALPHABET)
+    for p in model.parameters():  # nothing stays zero, so that every path matters
+        p.data += 0.02 * torch.randn_like(p)
+    save_model(path, "letters", settings, data.ALPHABET, 0, {"ema": model.state_dict(), "raw": model.state_dict()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("run") / "model.pt")

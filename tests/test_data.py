@@ -1,0 +1,210 @@
+"""Section 4.2: pre-processing, sets of images, packing, and the pictures the project draws."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import ALPHABET, UserError, chart, crop_and_resize, grid, open_letters, open_packed, to_tensor, to_uint8, whole_file
+
+# ---------------------------------------------------------------------------------------------------- 4.2.3
+
+
+def test_values_become_minus_one_to_one_and_back_exactly():
+    values = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    x = to_tensor(values)
+    assert x.shape == (1, 3, 16, 16) and x.dtype == torch.float32
+    assert x.min() == -1 and x.max() == 1
+    assert torch.equal(x[:, 0], x[:, 1]) and torch.equal(x[:, 0], x[:, 2])  # grey as three equal channels (4.2.1)
+    assert np.array_equal(to_uint8(x), values.repeat(3, axis=3))
+    colour = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    assert np.array_equal(to_uint8(to_tensor(colour)), colour)
+    assert to_uint8(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_crop_comes_before_resize_so_nothing_is_deformed():
+    wide = np.zeros((40, 100, 3), np.uint8)
+    wide[:, 30:70] = (0, 255, 0)  # exactly the centre square
+    wide[10:30, 40:60] = (255, 0, 0)  # a square inside it
+    small = np.asarray(crop_and_resize(Image.fromarray(wide), 20))
+    assert small.shape == (20, 20, 3)
+    red = small[..., 0] > 127
+    assert red.any(0).sum() == red.any(1).sum() == 10  # still square
+    assert np.all(small.astype(int).sum(-1) > 200)  # nothing from outside the crop
+    tall = Image.fromarray(wide.transpose(1, 0, 2))
+    assert np.array_equal(np.asarray(crop_and_resize(tall, 20)), small.transpose(1, 0, 2))
+
+
+def test_resize_is_anti_aliased():
+    lines = np.zeros((64, 64), np.uint8)
+    lines[:, ::2] = 255
+    small = np.asarray(crop_and_resize(Image.fromarray(lines), 16))
+    assert np.abs(small[:, 2:-2].astype(int) - 127).max() < 20  # a grey, not a pattern of its own
+
+
+# ---------------------------------------------------------------------------------------------------- letters
+
+
+def test_embedded_letters():
+    letters = open_letters()
+    assert letters.images.shape == (10_400, 32, 32, 1) and letters.classes == ALPHABET
+    assert np.bincount(letters.labels).tolist() == [400] * 26
+    assert set(np.unique(letters.images)) == set(range(0, 256, 17))  # 16 grey levels
+    assert (letters.images[:, [0, -1]] == 0).mean() > 0.9  # white on black
+    train, validation = letters.split()
+    assert len(validation) == 40 * 26 and letters.sources[validation].min() == 360  # the last 40 fonts
+    assert set(letters.sources[train]).isdisjoint(letters.sources[validation])
+    assert len((data.ASSETS / "letters_fonts.csv").read_text().splitlines()) == 401  # the credits, one font a row
+    x, y = letters.batch(np.array([0, 27]))
+    assert y.tolist() == [0, 1] and torch.equal(x[1], to_tensor(letters.images[27:28])[0])
+
+
+def write_tree(root, classes=ALPHABET, count=3, size=32):
+    random = np.random.default_rng(0)
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(random.integers(0, 256, (size, size), np.uint8)).save(root / name / f"{i}.png")
+    return root
+
+
+def test_kaggle_tree_is_packed_once(tmp_path, monkeypatch):
+    root = write_tree(tmp_path / "archive" / "Images" / "Images", count=12)
+    letters = open_letters(tmp_path / "archive")
+    assert letters.images.shape == (312, 32, 32, 1) and isinstance(letters.images, np.memmap)
+    assert letters.classes == ALPHABET
+    row = np.flatnonzero((letters.labels == 6) & (letters.sources == letters.sources[list(letters.labels).index(0) + 3]))
+    assert len(row) == 1  # one image a class has the file name of that font
+    png = np.asarray(Image.open(root / "G" / "0.png"))
+    assert any(np.array_equal(image[..., 0], png) for image in letters.images[letters.labels == 6])
+    train, validation = letters.split()
+    assert len(validation) == 26 and len(np.unique(letters.sources[validation])) == 1  # a tenth of 12 fonts, at least one
+    monkeypatch.setattr(data, "pack", None)  # the second time, nothing is decoded
+    assert np.array_equal(open_letters(tmp_path / "archive").images, letters.images)
+
+
+def test_a_changed_tree_is_packed_again(tmp_path):
+    root = write_tree(tmp_path / "set", count=2)
+    assert len(open_letters(root).images) == 52
+    Image.new("L", (32, 32)).save(root / "K" / "new.png")
+    os.utime(root / "K", ns=(1, 1))
+    assert len(open_letters(root).images) == 53
+
+
+def test_read_only_folders_are_packed_into_the_cache(tmp_path, monkeypatch):
+    root = write_tree(tmp_path / "set", count=1)
+    monkeypatch.setattr(data.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(data.Path, "home", lambda: tmp_path / "home")
+    assert len(open_letters(root).images) == 26
+    assert list(tmp_path.glob("set.packed*")) == [] and list((tmp_path / "home" / ".cache").rglob("images.npy"))
+
+
+def test_any_folder_per_class_tree_and_colour(tmp_path):
+    root = write_tree(tmp_path / "set", ["cat", "dog", "eel"], size=50)
+    for i in range(3):
+        Image.new("RGB", (70, 50), (200, 10, 0)).save(root / "dog" / f"{i}.png")
+    pets = open_packed(root, 32)
+    assert pets.classes == ["cat", "dog", "eel"] and pets.images.shape == (9, 32, 32, 3)
+    assert (pets.images[pets.labels == 1] == (200, 10, 0)).all()
+
+
+def test_npz_with_the_keys_of_the_kaggle_file(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (52, 32, 32), np.uint8)
+    labels = np.tile(np.arange(26), 2)
+    np.savez(tmp_path / "fonts.npz", images=images, labels=labels)
+    letters = open_letters(tmp_path / "fonts.npz")
+    assert np.array_equal(letters.images[..., 0], images) and letters.classes == ALPHABET
+    assert np.array_equal(letters.sources, np.arange(52) // 26)  # the k-th image of every letter is from font k
+    assert "52 images of 32 x 32, 26 classes" in letters.report()
+
+
+def bad_sets(path):
+    """name -> (what to open, words of the message)"""
+    (path / "empty").mkdir()
+    write_tree(path / "short", ALPHABET[:25], 1)
+    (path / "short" / "notes.txt").write_text("x")
+    root = write_tree(path / "broken", count=1)
+    (root / "D" / "0.png").write_text("this is not an image")
+    root = write_tree(path / "cut", count=1)
+    png = (root / "D" / "0.png").read_bytes()
+    (root / "D" / "0.png").write_bytes(png[: len(png) // 2])
+    write_tree(path / "hollow", count=1)
+    (path / "hollow" / "B" / "0.png").unlink()
+    image, label = np.zeros((26, 32, 32), np.uint8), np.arange(26)
+    np.savez(path / "keys.npz", pictures=image, labels=label)
+    np.savez(path / "short.npz", images=image[:25], labels=label[:25])
+    np.savez(path / "float.npz", images=image / 1.0, labels=label)
+    np.savez(path / "far.npz", images=image, labels=label + 1)
+    (path / "text.npz").write_text("not an archive")
+    return {
+        "nowhere": "no such file or folder",
+        "empty": "no folders with images",
+        "short": "25 classes, but the alphabet has 26; missing: Z",
+        "broken": "0.png: not an image",
+        "cut": "0.png: not an image",
+        "hollow": "B: no images in it",
+        "keys.npz": "no array images; it holds: pictures, labels",
+        "short.npz": "25 classes",
+        "float.npz": "expected uint8 images",
+        "far.npz": "labels from 1 to 26",
+        "text.npz": "not an .npz file",
+    }
+
+
+def test_bad_sets_are_one_clear_line_and_leave_nothing_behind(tmp_path, refused):
+    for name, words in bad_sets(tmp_path).items():
+        assert words in refused("data", "--data", tmp_path / name)
+    assert [p for p in tmp_path.rglob("*") if "packed" in p.name] == []
+
+
+def test_opening_reads_no_images(tmp_path):
+    """A packed set is a memory map: 400,000 images open without being read (the file here is mostly a hole)."""
+    folder = tmp_path / "big.packed32"
+    folder.mkdir()
+    np.save(tmp_path / "labels.npy", np.arange(400_000) % 26)
+    with open(folder / "images.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (400_000, 32, 32, 1)})
+        file.truncate(file.tell() + 400_000 * 1024)
+    assert np.load(folder / "images.npy", mmap_mode="r")[399_999].sum() == 0
+    assert os.stat(folder / "images.npy").st_blocks * 512 < 1_000_000
+
+
+# ---------------------------------------------------------------------------------------------------- files, pictures
+
+
+def test_whole_file_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "before" and os.listdir(tmp_path) == ["file.txt"]
+    with pytest.raises(UserError, match="nothing was changed"), whole_file(path):
+        raise OSError(28, "No space left on device")
+    with whole_file(path) as temporary:
+        temporary.write_text("after")
+    assert path.read_text() == "after" and os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_grid_places_images_row_by_row():
+    images = np.arange(6, dtype=np.uint8).repeat(4 * 4 * 3).reshape(6, 4, 4, 3) * 40
+    picture = np.asarray(grid(images, 3, gap=1))
+    assert picture.shape == (11, 16, 3)
+    for i in range(6):
+        row, column = divmod(i, 3)
+        assert (picture[1 + 5 * row : 5 + 5 * row, 1 + 5 * column : 5 + 5 * column] == 40 * i).all()
+    named = grid(images, 3, ["one", "two"])
+    assert named.size[0] > 30
+
+
+def test_chart_leaves_a_gap_where_a_run_was_interrupted():
+    def columns_with_ink(pieces):
+        picture = np.asarray(chart({"loss": pieces}, "", "", "")).astype(int)[60:400]
+        return np.all(picture < (120, 160, 255), axis=-1).any(0).sum()
+
+    whole = columns_with_ink([([0, 100], [1.0, 1.0])])
+    interrupted = columns_with_ink([([0, 40], [1.0, 1.0]), ([60, 100], [1.0, 1.0])])
+    assert 0.15 < 1 - interrupted / whole < 0.25

@@ -1,0 +1,393 @@
+"""Sections 4.4.3 and 4.6: samplers against exact solutions, guidance, seeds, and the command line.
+
+For data N(m, s^2) the exact eps(x, t) is known and the path of a deterministic sampler is, too: with z fixed at the start,
+x_t = sqrt(a) m + sqrt(a s^2 + 1 - a) z, which ends in m + s z. No network is needed to see whether a sampler is right.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_model
+from PIL import Image
+
+from data import ALPHABET
+from ddpm import Diffusion, linear_schedule
+from ldm import load_model
+from sample import (
+    ImageNoise,
+    ddim,
+    ddim_step,
+    ddpm,
+    denoise,
+    generate,
+    plms,
+    published_timesteps,
+    timesteps,
+    with_cfg,
+    with_clipping,
+    with_labels,
+)
+
+D = Diffusion(linear_schedule())
+A = D.alpha_bar
+M, S = 0.6, 0.5
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def law(t, m=M, s=S):
+    return A[t].sqrt() * m, A[t] * s**2 + 1 - A[t]
+
+
+def exact_eps(x, t, m=M, s=S):
+    mean, var = law(t, m, s)
+    return (1 - A[t]).sqrt() * (x - mean) / var
+
+
+def last(path):
+    *_, (t, x, x_0) = path
+    return x
+
+
+def ode_error(sampler, steps):
+    """Distance of the sampler's end from the exact one, for one start."""
+    z = torch.tensor([1.3], dtype=torch.float64)
+    mean, var = law(1000)
+    end = last(sampler(exact_eps, mean + var.sqrt() * z, timesteps(1000, steps), A))
+    return (end - (M + S * z)).abs().item()
+
+
+# ---------------------------------------------------------------------------------------------------- time steps
+
+
+def test_timesteps_are_exactly_s_for_every_s():
+    for steps in range(1, 1001):
+        times = timesteps(1000, steps)
+        assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
+        assert all(t > t_next for t, t_next in zip(times, times[1:]))
+    for steps in (0, 1001):
+        with pytest.raises(ValueError):
+            timesteps(1000, steps)
+
+
+def test_published_timesteps_and_where_they_fail():
+    assert published_timesteps(1000, 50) == [*range(982, 1, -20), 1]
+    lengths, failures = {}, 0
+    for steps in range(1, 1001):
+        try:
+            lengths[steps] = len(published_timesteps(1000, steps)) - 1
+        except ValueError:
+            failures += 1
+    assert failures == 599 and 27 not in lengths and 1000 not in lengths  # E56
+    assert lengths[30] == 31 and lengths[150] == 167 and lengths[200] == 200
+
+
+# ---------------------------------------------------------------------------------------------------- samplers
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 999, 1000])
+@pytest.mark.parametrize("sampler", [ddpm, ddim, plms])
+def test_one_point_of_data_is_reached_exactly(sampler, steps):
+    """With the exact eps of a known x_0 every sampler ends at x_0, whatever the start (E29)."""
+    x_0 = randn(4, 3)
+
+    def eps(x, t):
+        return D.predict_eps(x, t, x_0)
+
+    noise = [lambda: randn(4, 3, seed=7)] if sampler is ddpm else []
+    path = list(sampler(eps, randn(4, 3, seed=1), timesteps(1000, steps), A, *noise))
+    assert len(path) == steps and path[-1][0] == 0
+    torch.testing.assert_close(path[-1][1], x_0)
+    torch.testing.assert_close(path[0][2], x_0)  # the predicted clean image, from the first step on
+
+
+def test_ddim_converges_with_order_1_and_plms_faster():
+    """Orders found: DDIM 1.0, PLMS 1.9 to 2.4 (its first step, a single improved Euler one, is of order 2)."""
+    ddim_errors = [ode_error(ddim, n) for n in (25, 50, 100, 200)]
+    plms_errors = [ode_error(plms, n) for n in (25, 50, 100, 200)]
+    ddim_orders = -np.diff(np.log2(ddim_errors))
+    plms_orders = -np.diff(np.log2(plms_errors))
+    assert np.all((ddim_orders > 0.8) & (ddim_orders < 1.3)), ddim_orders
+    assert np.all(plms_orders > 1.7), plms_orders
+    assert plms_errors[1] < ddim_errors[1] / 10, (plms_errors, ddim_errors)
+
+
+def test_ddim_step_equals_the_transfer_of_the_plms_paper():
+    """x' = sqrt(a'/a) x - (a' - a) / (sqrt(a) (sqrt((1 - a') a) + sqrt((1 - a) a'))) eps, the same at eta = 0 (E56)."""
+    x, e = randn(5), randn(5, seed=1)
+    a, b = A[600].item(), A[580].item()
+    paper = math.sqrt(b / a) * x - (b - a) / (math.sqrt(a) * (math.sqrt((1 - b) * a) + math.sqrt((1 - a) * b))) * e
+    torch.testing.assert_close(ddim_step(x, e, a, b)[0], paper)
+
+
+def test_ddim_with_eta_1_is_ancestral_sampling():
+    """Same noise, same path as the DDPM posterior with variance beta_tilde, on any subset of steps."""
+    for steps in (10, 1000):
+        times, x_T = timesteps(1000, steps), randn(3, seed=99)
+        same_noise = [iter([randn(3, seed=i) for i in range(steps)]).__next__ for _ in range(2)]
+        one = last(ddim(exact_eps, x_T, times, A, 1.0, same_noise[0]))
+        two = last(ddpm(exact_eps, x_T, times, A, same_noise[1]))
+        torch.testing.assert_close(one, two)
+
+
+def test_ancestral_sampling_reaches_the_law():
+    """1,000 steps on data N(m, 1) with variance beta, which is exact there: mean and variance of 40,000 samples."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(40_000, generator=generator, dtype=torch.float64)
+
+    x = last(ddpm(lambda x, t: exact_eps(x, t, s=1.0), noise(), timesteps(1000, 1000), A, noise, "beta"))
+    assert x.mean().item() == pytest.approx(M, abs=4 / math.sqrt(40_000))
+    # the last step adds no noise, so the law of x_0 lacks the variance beta_1
+    assert x.var().item() == pytest.approx(1 - D.beta[1].item(), abs=4 * math.sqrt(2 / 40_000))
+
+
+def test_plms_with_a_constant_eps_is_ddim():
+    """Each of the four coefficient sets sums to one."""
+    e = randn(3)
+    x, times = randn(3, seed=1), timesteps(1000, 12)
+    for one, two in zip(plms(lambda x, t: e, x, times, A), ddim(lambda x, t: e, x, times, A)):
+        torch.testing.assert_close(one[1], two[1])
+
+
+def test_plms_costs_one_evaluation_more_than_its_steps():
+    for steps in (1, 2, 5, 50):
+        calls = []
+        last(plms(lambda x, t: calls.append(t) or x, torch.zeros(1), timesteps(1000, steps), A))  # noqa: B023
+        assert len(calls) == steps + 1
+
+
+def test_published_plms_is_reproduced():
+    """An independent transcription of what the published sampler computes, 0-based arrays and all, on a curved eps."""
+    alphas = A[1:].numpy()
+    steps = np.arange(0, 1000, 20) + 1
+    previous = np.concatenate([alphas[:1], alphas[steps[:-1]]])
+
+    def model(x, index):  # counts from 0
+        return np.tanh(x + index / 1000)
+
+    def transfer(x, e, i):
+        clean = (x - np.sqrt(1 - alphas[steps[i]]) * e) / np.sqrt(alphas[steps[i]])
+        return np.sqrt(previous[i]) * clean + np.sqrt(1 - previous[i]) * e
+
+    x, old = randn(4).numpy(), []
+    for i in range(49, -1, -1):
+        e = model(x, steps[i])
+        if len(old) == 0:
+            combined = (e + model(transfer(x, e, i), steps[max(i - 1, 0)])) / 2
+        elif len(old) == 1:
+            combined = (3 * e - old[-1]) / 2
+        elif len(old) == 2:
+            combined = (23 * e - 16 * old[-1] + 5 * old[-2]) / 12
+        else:
+            combined = (55 * e - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
+        x, old = transfer(x, combined, i), [*old, e][-3:]
+
+    ours = last(plms(lambda x, t: torch.tanh(x + (t - 1) / 1000), randn(4), published_timesteps(1000, 50), A))
+    torch.testing.assert_close(ours, torch.from_numpy(x))
+    to_the_end = last(plms(lambda x, t: torch.tanh(x + (t - 1) / 1000), randn(4), timesteps(1000, 50), A))
+    assert (ours - to_the_end).abs().max() > 1e-3  # the published path ends at t = 1, ours at the clean image
+
+
+# ---------------------------------------------------------------------------------------------------- guidance
+
+
+class GaussianModel:
+    """A model whose label y means data N(m_y, S^2); label 2 is the zero-label."""
+
+    zero_label, means = 2, torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
+
+    def __init__(self):
+        self.batches = []
+
+    def eps(self, x, t, y):
+        self.batches.append(y.tolist())
+        return exact_eps(x, t, m=self.means[y])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.0, 5.0])
+def test_classifier_free_guidance_reaches_the_closed_form(scale):
+    """eps is linear in the mean, so guided sampling has the mean m_0 + s (m_y - m_0), for every sampler."""
+    model, y = GaussianModel(), torch.tensor([0, 1])
+    mean = 0.2 + scale * (model.means[y] - 0.2)
+    z = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    start, var = law(1000, mean)
+    eps = with_cfg(model, y, scale)
+    for sampler in (ddim, plms):
+        x = last(sampler(eps, start + var.sqrt() * z, timesteps(1000, 200), A))
+        torch.testing.assert_close(x, mean + S * z, atol=0.02 if sampler is ddim else 1e-3, rtol=0)
+
+
+def test_classifier_free_guidance_is_one_batched_evaluation():
+    y, x = torch.tensor([0, 1]), randn(2)
+    for scale, batches in ((2.0, [[2, 2, 0, 1]]), (1.0, [[0, 1]]), (0.0, [[2, 2]])):
+        model = GaussianModel()
+        with_cfg(model, y, scale)(x, 500)
+        assert model.batches == batches
+
+
+def test_clipping_bounds_the_predicted_image_and_touches_nothing_else():
+    eps = with_clipping(exact_eps, A)
+    for t in (1, 300, 1000):
+        x = torch.linspace(-4, 4, 9, dtype=torch.float64)
+        free, held = (D.predict_x0(x, t, e(x, t)) for e in (exact_eps, eps))
+        torch.testing.assert_close(held, free.clamp(-1, 1))
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+
+def test_noise_depends_on_the_seed_not_on_the_batch():
+    one, many = ImageNoise([5], (3, 4), "cpu"), ImageNoise([4, 5, 6], (3, 4), "cpu")
+    for _ in range(3):
+        assert torch.equal(one()[0], many()[1])
+
+
+@pytest.mark.parametrize("sampler", ["plms", "ddpm"])
+def test_an_image_does_not_depend_on_its_batch(tiny_model, sampler):
+    """Beyond float32 rounding: at most one grey level."""
+    model = load_model(tiny_model)
+    y, seeds = np.arange(5), np.arange(5)
+    how = {"sampler": sampler, "steps": 6, "progress": False}
+    together, alone = generate(model, y, seeds, batch=5, **how), generate(model, y, seeds, batch=2, **how)
+    assert np.abs(together.astype(int) - alone).max() <= 1
+    assert together.std() > 10 and np.abs(together[0].astype(int) - together[1]).max() > 10
+
+
+def test_network_sees_time_counted_from_zero(tiny_model):
+    model, seen = load_model(tiny_model), []
+    model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[1].tolist()))
+    list(denoise(model, np.array([0]), [0], sampler="ddim", steps=2))
+    assert seen == [[999], [999], [499], [499]] or seen == [[999, 999], [499, 499]]
+
+
+def test_half_precision_files_and_both_sets_of_weights_load(tmp_path, tiny_model):
+    content = torch.load(tiny_model, weights_only=True)
+    half = {name: value.half() for name, value in content["weights"]["ema"].items()}
+    torch.save(content | {"weights": {"ema": half}}, tmp_path / "half.pt")
+    model, x, t, y = load_model(tmp_path / "half.pt"), torch.zeros(1, 3, 32, 32), 500, torch.tensor([3])
+    assert next(model.parameters()).dtype == torch.float32
+    raw = load_model(tiny_model, "raw")
+    torch.testing.assert_close(with_labels(model, y)(x, t), with_labels(raw, y)(x, t), atol=1e-2, rtol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+FAST = ("--steps", "2")
+
+
+def test_command_line_pictures(run, tiny_model, tmp_path):
+    for arguments, size in (
+        (("--label", "b", "--n", "3"), (3 * 66 + 2, 68)),
+        (("--label", "none", "--n", "2", "--sampler", "ddim", "--eta", "0.5"), (2 * 66 + 2, 68)),
+        (("--text", "Ab c"), (4 * 96, 96)),
+    ):
+        code, out, _ = run("sample", "--run", tiny_model, *FAST, *arguments, "--out", tmp_path / "a.png")
+        assert code == 0 and "a.png" in out
+        assert Image.open(tmp_path / "a.png").size == size
+
+
+def test_command_line_grid_has_a_row_a_label_and_the_zero_label_last(run, tiny_model, tmp_path, monkeypatch):
+    import sample
+
+    monkeypatch.setattr(sample, "grid", lambda images, columns, names: Image.fromarray(np.concatenate(images)))
+    code, *_ = run("sample", "--run", tiny_model, *FAST, "--grid", "--n", 1, "--out", tmp_path / "g.png")
+    rows = np.asarray(Image.open(tmp_path / "g.png")).reshape(27, 32, 32, 3)
+    assert code == 0
+    model = load_model(tiny_model)
+    for label in (0, 25, 26):
+        expected = generate(model, np.array([label]), [0], steps=2, progress=False)[0]
+        assert np.abs(rows[label].astype(int) - expected).max() <= 1
+
+
+def test_command_line_strip(run, tiny_model, tmp_path):
+    code, *_ = run("sample", "--run", tiny_model, "--strip", "--label", "A", "--steps", 4, "--out", tmp_path / "s.png")
+    assert code == 0 and Image.open(tmp_path / "s.png").size[1] == 4 * 66 + 2  # two images, x_t and x_0 of each
+
+
+def test_command_line_folders(run, refused, tiny_model, tmp_path):
+    out = tmp_path / "many"
+    code, *_ = run("sample", "--run", tiny_model, *FAST, "--per-label", 2, "--seed", 5, "--out", out)
+    assert code == 0
+    assert sorted(p.name for p in out.iterdir()) == ALPHABET
+    assert sorted(p.name for p in (out / "Q").iterdir()) == ["000005.png", "000006.png"]
+    single = tmp_path / "one.png"
+    run("sample", "--run", tiny_model, *FAST, "--label", "Q", "--n", 1, "--seed", 6, "--out", single)
+    picture = np.asarray(Image.open(single).crop((2, 2, 66, 66)).resize((32, 32), Image.Resampling.NEAREST))
+    assert np.abs(picture.astype(int) - np.asarray(Image.open(out / "Q" / "000006.png"))).max() <= 1  # named after its seed
+    assert "not an empty folder" in refused("sample", "--run", tiny_model, *FAST, "--per-label", 1, "--out", out)
+
+
+def test_command_line_says_when_guidance_means_nothing(run, tmp_path):
+    model = make_tiny_model(tmp_path / "model.pt", p_uncond=0.0)
+    code, _, err = run("sample", "--run", model, *FAST, "--label", "A", "--n", 1, "--out", tmp_path / "a.png")
+    assert code == 0 and "never saw the zero-label" in err
+    code, _, err = run("sample", "--run", model, *FAST, "--label", "A", "--n", 1, "--scale", 1, "--out", tmp_path / "a.png")
+    assert code == 0 and "zero-label" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--steps", 0), "--steps 0"),
+        (("--steps", 1001), "1 to 1000"),
+        (("--label", "blue"), "unknown label 'blue'"),
+        (("--label", "27"), "unknown label"),
+        (("--text", "A5"), "draws only"),
+        (("--text", ""), "draws only"),
+        (("--scale", -1), "--scale -1"),
+        (("--n", 0), "1 or more"),
+        (("--eta", 2), "--eta 2"),
+        (("--times", "published", "--steps", 27), "past the last step"),
+        (("--out", "/proc/nothing/a.png", "--steps", 1, "--n", 1), "cannot write"),
+    ],
+)
+def test_bad_input_is_one_clear_line(refused, tiny_model, arguments, words):
+    assert words in refused("sample", "--run", tiny_model, *arguments)
+
+
+class Harmful:
+    """What an attacker's file would do when it is unpickled."""
+
+    def __reduce__(self):
+        import os
+
+        return os.system, ("echo harm > harmed",)
+
+
+def test_bad_model_files_are_one_clear_line(refused, run, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = torch.load(tiny_model, weights_only=True)
+    whole = tiny_model.read_bytes()
+    (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": 1}, tmp_path / "foreign.pt")
+    torch.save(content | {"extra": Harmful()}, tmp_path / "harmful.pt")
+    weights = dict(content["weights"]["ema"])
+    weights["unet.other"] = weights.pop("unet.out.2.bias")
+    torch.save(content | {"weights": {"ema": weights}}, tmp_path / "misfit.pt")
+    for name, words in {
+        "nothing.pt": "no such file",
+        "truncated.pt": "truncated",
+        "text.pt": "not a checkpoint that can be read",
+        "foreign.pt": "not a checkpoint of this project",
+        "harmful.pt": "not a checkpoint that can be read",
+        "misfit.pt": "1 missing (first: unet.out.2.bias); 1 unknown (first: unet.other)",
+    }.items():
+        assert words in refused("sample", "--run", tmp_path / name)
+    assert not (tmp_path / "harmed").exists()
+    assert list(tmp_path.glob("*.png")) == []
+
+
+def test_without_any_model_one_line_says_how_to_make_one(refused, tmp_path, monkeypatch):
+    import sample
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "ASSETS", tmp_path)
+    assert "python train.py --stage letters" in refused("sample", "--text", "HELLO")

@@ -1,0 +1,247 @@
+"""Section 5.2 and the loop: what an update sees, the average, exact resume, and a run through the command line."""
+
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from ddpm import drop_labels
+from train import EMA, Letters, LettersStage, Log, complete, draw_losses, learning_rate, rows_of_update
+
+TINY = (
+    "--stage",
+    "letters",
+    "--device",
+    "cpu",
+    "--precision",
+    "float32",
+    "--batch",
+    16,
+    "--channels",
+    16,
+    "--multipliers",
+    1,
+    2,
+)
+SHORT = (*TINY, "--overfit", 64, "--updates", 12, "--save-every", 4, "--validate-every", 4, "--preview-every", 100)
+
+
+def stage(**changes):
+    settings = Letters(channels=16, multipliers=(1, 1), batch=8, precision="float32", device="cpu", **changes)
+    complete(settings)
+    return LettersStage(settings)
+
+
+def saved(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+# ---------------------------------------------------------------------------------------------------- pieces
+
+
+def test_every_epoch_sees_every_row_once_in_another_order():
+    rows = np.concatenate([rows_of_update(0, n, 8, 50) for n in range(50)])  # eight epochs of 50 rows
+    epochs = rows.reshape(8, 50)
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert np.array_equal(rows_of_update(0, 17, 8, 50), rows[17 * 8 : 18 * 8])  # a function of (seed, n) alone
+    assert not np.array_equal(rows_of_update(1, 17, 8, 50), rows[17 * 8 : 18 * 8])
+
+
+def seen_by(stage, n):
+    """What update n gives the model: x_0, y, t, noise."""
+    seen = {}
+
+    def loss(x_0, y, t, noise):
+        seen.update(x_0=x_0, y=y, t=t, noise=noise)
+        return torch.zeros(len(y))
+
+    stage.model.loss = loss
+    stage.loss(n)
+    return seen
+
+
+def test_t_is_uniform_on_1_to_T_and_labels_are_dropped():
+    s = stage(T=4, p_uncond=0.5)
+    updates = [seen_by(s, n) for n in range(300)]
+    t = torch.cat([u["t"] for u in updates])
+    assert t.unique().tolist() == [1, 2, 3, 4]
+    assert (torch.bincount(t)[1:] / len(t) - 0.25).abs().max() < 0.04
+    y = torch.cat([u["y"] for u in updates])
+    assert abs((y == 26).double().mean() - 0.5) < 0.04
+    again = seen_by(s, 299)
+    assert all(torch.equal(again[k], updates[299][k]) for k in again)
+    assert abs(torch.cat([u["noise"].flatten() for u in updates]).std() - 1) < 0.01
+
+
+def test_flip_mirrors_half_of_the_images_and_is_off_by_default():
+    plain, flipped = stage(p_uncond=0.0), stage(p_uncond=0.0, flip=True)
+    mirrored = 0
+    for n in range(40):
+        a, b = seen_by(plain, n)["x_0"], seen_by(flipped, n)["x_0"]
+        for one, two in zip(a, b):
+            assert torch.equal(one, two) or torch.equal(one.flip(-1), two)
+            mirrored += not torch.equal(one, two)
+    assert 0.3 < mirrored / 320 < 0.6  # symmetric letters hide a few
+
+
+def test_validation_loss_is_the_same_every_time_and_uses_no_dropped_label():
+    s = stage(overfit=20)
+    assert s.validate() == s.validate()
+    seen = []
+    s.model.loss = lambda x_0, y, t, noise: seen.append((y, t)) or torch.ones(len(y))
+    assert s.validate() == 1
+    y, t = (torch.cat(values) for values in zip(*seen))
+    assert y.max() < 26 and t.min() == 1 and t.max() > 900
+
+
+def test_ema_averages_parameters_with_warm_up_and_leaves_tables_alone():
+    s = stage()
+    ema = EMA(s.model, 0.9)
+    first = [p.clone() for p in s.model.parameters()]
+    table = s.model.diffusion.alpha_bar.clone()
+    for p in s.model.parameters():
+        p.data += 1
+    ema.update(1)  # decay min(0.9, 2/11)
+    for start, average in zip(first, ema.average):
+        torch.testing.assert_close(average, start + 9 / 11)
+    for _ in range(200):
+        ema.update(1000)  # decay 0.9
+    with ema.averaged():
+        assert all(p is not q for p, q in zip(first, ema.average))
+        torch.testing.assert_close(next(s.model.parameters()), first[0] + 1)
+        assert torch.equal(s.model.diffusion.alpha_bar, table)
+    assert set(ema.state_dict()) == {name for name, _ in s.model.named_parameters()}
+
+
+def test_learning_rate_is_the_one_typed_with_warm_up_and_decay():
+    s = Letters(lr=1e-3, warmup=10, updates=110)
+    rates = [learning_rate(s, n) for n in range(110)]
+    assert rates[0] == pytest.approx(1e-4) and max(rates) == rates[9] == pytest.approx(1e-3)
+    assert rates[60] == pytest.approx(5e-4) and 0 < rates[-1] < 2e-5
+
+
+def test_zero_label_share_in_the_loss_matches_drop_labels():
+    s = stage(p_uncond=0.0)
+    y = seen_by(s, 0)["y"]
+    assert torch.equal(drop_labels(y, 26, 0.0, torch.rand(8)), y) and y.max() < 26
+
+
+def test_log_keeps_interruptions_apart(tmp_path):
+    log = Log(tmp_path / "log.csv", 1, 0)
+    for n in (10, 20, 30):
+        log.write({"run": 1, "update": n, "train_loss": 1.0 / n})
+    log = Log(tmp_path / "log.csv", 2, 20)  # resumed from update 20: the line past it goes
+    log.write({"run": 2, "update": 30, "train_loss": 0.5, "validation_loss": 0.25})
+    rows = log.rows()
+    assert [(r["run"], r["update"]) for r in rows] == [("1", "10"), ("1", "20"), ("2", "30")]
+    draw_losses(log, tmp_path / "loss.png")
+    assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 5
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Twelve updates without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train.train(*train.parse([*map(str, SHORT), "--out", str(out)]))
+    return out
+
+
+def test_a_tiny_run_learns_and_samples(run, tmp_path):
+    out = tmp_path / "run"
+    code, text, err = run("train", *TINY, "--overfit", 16, "--updates", 80, "--lr", 3e-3, "--warmup", 10, "--out", out)
+    assert code == 0, err
+    rows = list(train.csv.DictReader((out / "log.csv").open()))
+    first, final = float(rows[0]["train_loss"]), float(rows[-1]["validation_loss"])
+    assert first > 0.8 and final < 0.35, (first, final)
+    assert "sample.py" in text
+    for name in ("grid.png", "loss.png"):
+        Image.open(out / name).verify()
+    code, _, err = run("sample", "--run", out, "--text", "HI", "--steps", 5, "--out", tmp_path / "hi.png")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(run, undisturbed, tmp_path, monkeypatch, number):
+    out = tmp_path / "run"
+    update = EMA.update
+
+    def interrupt(self, n):
+        update(self, n)
+        if n == 6:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(EMA, "update", interrupt)
+    code, text, _ = run("train", *SHORT, "--out", out)
+    assert code == 128 + number and f"--resume --out {out}" in text
+    assert saved(out)["update"] == 6
+    monkeypatch.setattr(EMA, "update", update)
+    code, *_ = run("train", "--stage", "letters", "--resume", "--out", out)
+    assert code == 0
+    one, two = saved(undisturbed), saved(out)
+    assert one["update"] == two["update"] == 12
+    for key in ("raw", "ema", "optimizer"):
+        assert equal(one[key], two[key]), key
+    assert {r["run"] for r in train.csv.DictReader((out / "log.csv").open())} == {"1", "2"}
+
+
+def test_a_run_is_not_overwritten_and_settings_do_not_drift(refused, undisturbed):
+    before = (undisturbed / "checkpoint.pt").read_bytes()
+    assert "--resume goes on with it" in refused("train", *SHORT, "--out", undisturbed)
+    assert "--lr was" in refused("train", "--stage", "letters", "--resume", "--lr", 1, "--out", undisturbed)
+    assert (undisturbed / "checkpoint.pt").read_bytes() == before
+
+
+def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
+    out = tmp_path / "run"
+    error = refused("train", *SHORT, "--lr", 1e30, "--warmup", 0, "--clip", 1e30, "--out", out)
+    assert "no longer finite" in error
+    assert not (out / "checkpoint.pt").exists() and not (out / "model.pt").exists()
+
+
+def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
+    before = {p.name: p.read_bytes() for p in undisturbed.glob("*.pt")}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        error = refused("train", "--stage", "letters", "--resume", "--updates", 14, "--out", undisturbed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in error and "nothing was changed" in error
+    assert {p.name: p.read_bytes() for p in undisturbed.glob("*.pt")} == before
+    assert [p.name for p in undisturbed.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--data", "nowhere"), "nowhere: no such file or folder"),
+        (("--resume",), "no such file"),
+        (("--batch", 0), "--batch 0: must be more than 0"),
+        (("--p-uncond", 2), "--p-uncond must be between 0 and 1"),
+        (("--channels", 20), "multiple of 16"),
+        (("--device", "cuda:99"), "not there on this machine"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(refused, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in refused("train", "--stage", "letters", "--precision", "float32", *arguments)
+    assert list(tmp_path.iterdir()) == []

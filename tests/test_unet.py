@@ -1,0 +1,181 @@
+"""Sections 3.5.5, 4.3 and 4.4.5: time and label embedding, linear attention, the U-Net."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unet import LinearAttention, ResBlock, UNet, letters_unet, linear_attention, timestep_embedding
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- 4.3.2
+
+
+def test_positional_encoding_values():
+    """PE of 4.3.2 entry by entry, in the published order [cos | sin] with divisor d/2 (E43, E45)."""
+    d, t = 8, torch.tensor([0, 1, 17, 999])
+    pe = timestep_embedding(t, d)
+    for row, time in zip(pe, t.tolist()):
+        for i in range(d // 2):
+            angle = time / 10_000 ** (2 * i / d)
+            assert row[i].item() == pytest.approx(math.cos(angle), abs=1e-4)
+            assert row[d // 2 + i].item() == pytest.approx(math.sin(angle), abs=1e-4)
+
+
+def test_fig_4_6_as_printed_is_one_number_or_an_error():
+    """`exp(half_dim * -embeddings)` lacks arange: a Python float, which torch.exp refuses (E45)."""
+    half = 4
+    with pytest.raises(TypeError):
+        torch.exp(half * -(math.log(10_000) / (half - 1)))
+    time = torch.arange(3.0)[:, None] * torch.ones(1, half)
+    assert torch.cat((time.sin(), time.cos())).shape == (6, half)  # without dim=-1 it stacks along the batch
+
+
+def test_other_orders_and_divisors_are_other_encodings():
+    t, d = torch.tensor([17]), 8
+    pe = timestep_embedding(t, d)
+    half = d // 2
+    assert not torch.allclose(pe, pe.roll(half, dims=-1))  # [sin | cos] of fig. 4.6: a permutation, not the same
+    fig = torch.exp(-math.log(10_000) * torch.arange(half) / (half - 1))  # its divisor half - 1
+    assert not torch.allclose(pe[0, :half], (17 * fig).cos(), atol=1e-2)
+
+
+def test_three_claims_of_4_3_2():
+    """Frequencies fall with i, nothing repeats after 10,001 positions, and differences grow with distance (E44)."""
+    pe = timestep_embedding(torch.tensor([0, 1, 5, 10_001]), 128)
+    distance = (pe - pe[0]).norm(dim=1)
+    assert distance[1] < distance[2] < distance[3]
+    speed = (timestep_embedding(torch.tensor([1]), 128)[0, 64:]).abs()  # sin(w_i)
+    assert (speed.diff() < 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------- 4.4.5
+
+
+def kernel_attention(q, k, v):
+    """The O(N^2) form of [17]: weights 1 + cos(q_i, k_j), normalised over j."""
+    weights = 1 + F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)
+    return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def test_linear_attention_equals_the_quadratic_form():
+    q, k, v = randn(2, 30, 8), randn(2, 30, 8, seed=1), randn(2, 30, 5, seed=2)
+    torch.testing.assert_close(linear_attention(q, k, v), kernel_attention(q, k, v), rtol=1e-5, atol=1e-6)
+    other = q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)  # the module that usually bears the name (E46)
+    assert (linear_attention(q, k, v) - other).abs().max() > 0.1
+
+
+def test_linear_attention_averages_the_values():
+    """The weights are positive and sum to one: constant values stay, and the output lies within the values' range."""
+    q, k, v = randn(1, 50, 8), randn(1, 50, 8, seed=1), randn(1, 50, 3, seed=2)
+    torch.testing.assert_close(linear_attention(q, k, torch.ones_like(v)), torch.ones_like(v))
+    out = linear_attention(q, k, v)
+    assert (out > v.amin(1, keepdim=True)).all() and (out < v.amax(1, keepdim=True)).all()
+
+
+def test_linear_attention_layer_reads_positions_not_batches():
+    layer = LinearAttention(16, groups=1).double()
+    torch.nn.init.normal_(layer.proj_out.weight)
+    x = randn(2, 16, 4, 4)
+    out = layer(x)
+    torch.testing.assert_close(out[:1], layer(x[:1]))
+    permutation = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    moved = layer(x.flatten(2)[..., permutation].view_as(x))  # attention does not know where a position is
+    torch.testing.assert_close(moved.flatten(2), out.flatten(2)[..., permutation])
+
+
+# ---------------------------------------------------------------------------------------------------- 3.5.5, 4.3.1
+
+
+def small(**changes):
+    arguments = {"attention": None, "num_labels": 5, "groups": 4} | changes
+    unet = UNet(3, 3, 16, (1, 2), 1, **arguments).double()
+    for i, p in enumerate(unet.parameters()):
+        p.data += 0.05 * randn(*p.shape, seed=i)
+    return unet
+
+
+def test_label_is_summed_with_time_not_concatenated():
+    """emb(t, y) - emb(t, y') does not depend on t: fig. 4.6 adds, though 4.3.1 says "concatenating" (E42)."""
+    unet, seen = small(), []
+    unet.input_blocks[1][0].emb_layers.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for t in (0, 999):
+        for y in (1, 4):
+            unet(randn(1, 3, 8, 8), torch.tensor([t]), torch.tensor([y]))
+    torch.testing.assert_close(seen[0] - seen[1], seen[2] - seen[3])
+    torch.testing.assert_close(seen[0] - seen[1], (unet.label_emb.weight[1] - unet.label_emb.weight[4])[None])
+
+
+def test_time_and_label_reach_the_output_and_images_do_not_mix():
+    unet, x = small(), randn(3, 3, 8, 8)
+    t, y = torch.tensor([5, 5, 700]), torch.tensor([0, 1, 0])
+    out = unet(x, t, y)
+    same = unet(x[:1].expand(3, -1, -1, -1), t, y)
+    assert (same[0] - same[1]).abs().max() > 1e-3 and (same[0] - same[2]).abs().max() > 1e-3
+    for i in range(3):
+        torch.testing.assert_close(out[i : i + 1], unet(x[i : i + 1], t[i : i + 1], y[i : i + 1]))
+
+
+def test_skip_connections_are_concatenations():
+    """The first block of every level of the way up takes the sum of the channel counts (E32: "residual" in 3.5.5)."""
+    unet = UNet(3, 3, 16, (1, 2, 4), 2, None, groups=4)
+    skips = [16, 16, 16, 16, 32, 32, 32, 64, 64]
+    before = 64
+    for module in unet.output_blocks:
+        block = module[0]
+        assert block.in_layers[2].in_channels == before + skips.pop()
+        before = block.in_layers[2].out_channels
+
+
+def test_network_starts_at_zero_and_blocks_as_identity():
+    torch.manual_seed(0)
+    unet = letters_unet(16, (1, 2, 2, 2), 1, 27)
+    assert (unet(randn(2, 3, 32, 32, dtype=torch.float32), torch.tensor([3, 900]), torch.tensor([0, 26])) == 0).all()
+    block = ResBlock(16, 16, 8, groups=4)
+    x = randn(1, 16, 4, 4, dtype=torch.float32)
+    assert torch.equal(block(x, randn(1, 8, dtype=torch.float32)), x)
+
+
+def test_attention_stands_right_before_every_down_and_up_sampling():
+    """4.4.5, with four levels 32, 16, 8, 4: the layer before a Downsample or Upsample is linear attention."""
+    unet = letters_unet(16, (1, 2, 2, 4), 1, 27)
+    names = [[type(layer).__name__ for layer in module] for module in unet.input_blocks]
+    downs = [i for i, layers in enumerate(names) if layers == ["Downsample"]]
+    assert len(downs) == 3 and all(names[i - 1][-1] == "LinearAttention" for i in downs)
+    ups = [[type(layer).__name__ for layer in module] for module in unet.output_blocks]
+    ups = [layers for layers in ups if layers[-1] == "Upsample"]
+    assert len(ups) == 3 and all(layers[-2] == "LinearAttention" for layers in ups)
+
+
+class Nowhere(torch.nn.Module):
+    """Stands where an attention layer goes."""
+
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x, emb, context):
+        return x
+
+
+def test_published_backbone():
+    """All that is not attention in the published latent U-Net, 256 channels x (1, 2, 4), two blocks: names and count."""
+    with torch.device("meta"):
+        unet = UNet(4, 4, 256, (1, 2, 4), 2, Nowhere)
+    state = unet.state_dict()
+    assert (len(state), sum(p.numel() for p in state.values())) == (210, 225_953_796)
+    for name, shape in {
+        "time_embed.2.bias": (1024,),
+        "input_blocks.0.0.weight": (256, 4, 3, 3),
+        "input_blocks.3.0.op.weight": (256, 256, 3, 3),
+        "input_blocks.4.0.skip_connection.weight": (512, 256, 1, 1),
+        "middle_block.2.emb_layers.1.weight": (1024, 1024),
+        "output_blocks.2.2.conv.weight": (1024, 1024, 3, 3),
+        "output_blocks.8.0.in_layers.2.weight": (256, 512, 3, 3),
+        "out.2.weight": (4, 256, 3, 3),
+    }.items():
+        assert tuple(state[name].shape) == shape
