@@ -149,6 +149,17 @@ class Diffusion:
         alpha_bar = self.at(self.alpha_bar, t, x_t)
         return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 
+    def eps_from_v(self, x_t, t, v):
+        """The noise if a network predicts v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (not in the thesis):
+
+            eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v          (insert 3.9 for x_t)
+
+        The squared error of eps is alpha_bar_t times that of v. L_simple therefore hardly asks for the clean image, and so for
+        the label, where the noise is strong; the squared error of v asks for it at every t.
+        """
+        alpha_bar = self.at(self.alpha_bar, t, x_t)
+        return (1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v
+
     def mu_theta(self, x_t, t, eps):
         """3.5.3, the mean of p_theta(x_{t-1} | x_t), which the thesis does not spell out (E29):
 

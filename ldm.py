@@ -20,13 +20,13 @@ from unet import letters_unet
 class PixelDiffusion(nn.Module):
     """The conditional DDPM in pixel space (4.4.5).
 
-    unet: eps_theta; beta: the schedule, (T,); classes: the label names in order. The zero-label of 4.4.3 is the number after
+    unet: the network; predict: what it predicts, "eps" (the thesis) or "v"; beta: the schedule, (T,); classes: the label names in order. The zero-label of 4.4.3 is the number after
     the last class. shape: (C, H, W) of one image.
     """
 
-    def __init__(self, unet, beta, classes, shape):
+    def __init__(self, unet, beta, classes, shape, predict="eps"):
         super().__init__()
-        self.unet, self.classes, self.shape = unet, list(classes), tuple(shape)
+        self.unet, self.classes, self.shape, self.predict = unet, list(classes), tuple(shape), predict
         self.diffusion = Diffusion(beta)
         self.zero_label = len(classes)
 
@@ -35,11 +35,13 @@ class PixelDiffusion(nn.Module):
         if isinstance(t, int):
             t = torch.full((len(x),), t, device=x.device)
         x = x.contiguous(memory_format=torch.channels_last)
-        return self.unet(x, t - 1, y=y)
+        out = self.unet(x, t - 1, y=y)
+        return out if self.predict == "eps" else self.diffusion.eps_from_v(x, t, out)
 
     def loss(self, x_0, y, t, noise):
-        """L_simple (3.5.4) of a batch, one value an image."""
-        return self.diffusion.loss(lambda x, t: self.eps(x, t, y), x_0, t, noise)
+        """The squared error of what the network predicts, one value an image: L_simple (3.5.4) for eps."""
+        loss = self.diffusion.loss(lambda x, t: self.eps(x, t, y), x_0, t, noise)
+        return loss if self.predict == "eps" else loss / self.diffusion.at(self.diffusion.alpha_bar, t, loss)
 
     def decode(self, x):
         """From the space of the diffusion to images in [-1, 1], (B, 3, H, W): here they are the same."""
@@ -50,7 +52,7 @@ def build_letters(settings, classes):
     """The letters model for the settings of a run, a dict as `train.py` saves it."""
     unet = letters_unet(settings["channels"], tuple(settings["multipliers"]), settings["blocks"], len(classes) + 1)
     beta = SCHEDULES[settings["schedule"]](settings["T"])
-    return PixelDiffusion(unet, beta, classes, shape=(3, 32, 32)).to(memory_format=torch.channels_last)
+    return PixelDiffusion(unet, beta, classes, (3, 32, 32), settings["predict"]).to(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------------------------

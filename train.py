@@ -53,6 +53,9 @@ class Letters:
     channels: int | None = flag(None, "width of the first level", kind=int)
     multipliers: tuple | None = flag(None, "width of every level as a multiple of it", kind=int, nargs="+")
     ema: float | None = flag(None, "decay of the averaged weights", kind=float)
+    predict: str | None = flag(
+        None, "eps: the loss is L_simple, as in the thesis; v: learns labels faster", kind=str, choices=("eps", "v")
+    )
     blocks: int = flag(1, "residual blocks a level")
     schedule: str = flag("linear", "noise schedule", choices=tuple(SCHEDULES))
     T: int = flag(1000, "diffusion steps")
@@ -70,14 +73,30 @@ class Letters:
     )
     compile: bool = flag(False, "torch.compile the network", resume=True)
     device: str = flag("auto", "cuda, mps, cpu, or the best there is", resume=True)
-    validate_every: int = flag(200, "updates between two validation losses", resume=True)
-    preview_every: int = flag(600, "updates between two preview grids", resume=True)
-    save_every: int = flag(200, "updates between two checkpoints", resume=True)
+    validate_every: int = flag(250, "updates between two validation losses", resume=True)
+    preview_every: int = flag(1000, "updates between two preview grids", resume=True)
+    save_every: int = flag(250, "updates between two checkpoints", resume=True)
 
 
 SIZES = {
-    "small": {"updates": 1800, "batch": 64, "lr": 1e-3, "channels": 32, "multipliers": (1, 2, 3, 4), "ema": 0.998},
-    "thesis": {"updates": 20_000, "batch": 512, "lr": 3e-4, "channels": 64, "multipliers": (1, 2, 4, 8), "ema": 0.9995},
+    "small": {
+        "updates": 3000,
+        "batch": 32,
+        "lr": 1e-3,
+        "channels": 32,
+        "multipliers": (1, 2, 3, 4),
+        "ema": 0.998,
+        "predict": "v",
+    },
+    "thesis": {
+        "updates": 20_000,
+        "batch": 512,
+        "lr": 3e-4,
+        "channels": 64,
+        "multipliers": (1, 2, 4, 8),
+        "ema": 0.9995,
+        "predict": "eps",
+    },
 }
 STAGES = {"letters": Letters}
 
@@ -318,7 +337,7 @@ def draw_losses(log, path):
         for column, name in names.items()
     }
     with whole_file(path) as temporary:
-        chart(lines, "Loss", "update", "mean squared error of the predicted noise").save(temporary)
+        chart(lines, "Loss", "update", "mean squared error of the prediction").save(temporary)
 
 
 class Interruption:

@@ -13,22 +13,23 @@ import train
 from ddpm import drop_labels
 from train import EMA, Letters, LettersStage, Log, complete, draw_losses, learning_rate, rows_of_update
 
-TINY = (
-    "--stage",
-    "letters",
-    "--device",
-    "cpu",
-    "--precision",
-    "float32",
-    "--batch",
-    16,
-    "--channels",
-    16,
+TINY = ("--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", 16, "--channels", 16)
+SHORT = (
+    *TINY,
     "--multipliers",
     1,
-    2,
+    1,
+    "--overfit",
+    64,
+    "--updates",
+    12,
+    "--save-every",
+    4,
+    "--validate-every",
+    4,
+    "--preview-every",
+    100,
 )
-SHORT = (*TINY, "--overfit", 64, "--updates", 12, "--save-every", 4, "--validate-every", 4, "--preview-every", 100)
 
 
 def stage(**changes):
@@ -167,7 +168,9 @@ def undisturbed(tmp_path_factory):
 
 def test_a_tiny_run_learns_and_samples(run, tmp_path):
     out = tmp_path / "run"
-    code, text, err = run("train", *TINY, "--overfit", 16, "--updates", 80, "--lr", 3e-3, "--warmup", 10, "--out", out)
+    code, text, err = run(
+        "train", *TINY, "--multipliers", 1, 2, "--overfit", 16, "--updates", 80, "--lr", 3e-3, "--warmup", 10, "--out", out
+    )
     assert code == 0, err
     rows = list(train.csv.DictReader((out / "log.csv").open()))
     first, final = float(rows[0]["train_loss"]), float(rows[-1]["validation_loss"])
