@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import zipfile
 from dataclasses import dataclass
@@ -294,15 +295,17 @@ def read_tree(root):
     mode = "L" if all(open_image(file).mode in ("1", "L", "LA", "I;16") for file in firsts) else "RGB"
 
     def images(size):
+        tasks = ((file, size, mode) for file in files)
+        if len(files) < 2000:  # starting processes would take longer
+            yield from map(_load, tasks)
+            return
         with multiprocessing.get_context("spawn").Pool(initializer=_ignore_interrupts) as pool:
-            yield from pool.imap(_load, ((file, size, mode) for file in files), chunksize=256)
+            yield from pool.imap(_load, tasks, chunksize=256)
 
     return classes, [file.stem for file in files], labels, len(files), images
 
 
 def _ignore_interrupts():  # Ctrl-C is the parent's to handle
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

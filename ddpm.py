@@ -90,7 +90,7 @@ class Diffusion:
         """table[t] in the precision and on the device of x, shaped to multiply x."""
         if isinstance(t, int):
             return table[t].to(x.dtype)  # a CPU scalar multiplies a tensor of any device
-        value = table.to(x.device, x.dtype)[t]
+        value = table.to(x.dtype).to(x.device)[t]  # in this order: some devices have no float64
         return value.view(-1, *[1] * (x.dim() - 1))
 
     # 3.5.1, 3.5.2  Forward: from data to noise

@@ -20,8 +20,8 @@ from unet import letters_unet
 class PixelDiffusion(nn.Module):
     """The conditional DDPM in pixel space (4.4.5).
 
-    unet: the network; predict: what it predicts, "eps" (the thesis) or "v"; beta: the schedule, (T,); classes: the label names in order. The zero-label of 4.4.3 is the number after
-    the last class. shape: (C, H, W) of one image.
+    unet: the network; predict: what it predicts, "eps" as in the thesis or "v"; beta: the schedule, (T,); classes: the label
+    names in order, the zero-label of 4.4.3 is the number after the last; shape: (C, H, W) of one image.
     """
 
     def __init__(self, unet, beta, classes, shape, predict="eps"):

@@ -250,8 +250,9 @@ class LettersStage:
     def preview(self, path, columns=4, steps=20):
         """One row a label, the zero-label last, at the scale the thesis chose."""
         scale = 2.0 if self.settings.p_uncond else 1.0
+        picture = label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=scale, progress=False)
         with whole_file(path) as temporary:
-            label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=scale, progress=False).save(temporary)
+            picture.save(temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Helpers: run a program of the project in this process as a user would, and a tiny untrained model on disk."""
 
+import signal
 import sys
 
 import pytest
@@ -21,11 +22,15 @@ def run(monkeypatch, capsys):
     def call(program, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
         capsys.readouterr()
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             data.run_program(PROGRAMS[program])
             code = 0
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         return code, *capsys.readouterr()
 
     return call

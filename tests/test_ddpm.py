@@ -423,3 +423,13 @@ def test_classifier_guidance_of_eps_is_the_exact_guided_law():
     for scale in (0.0, 1.0, 3.0):
         guided = classifier_guided_eps(gaussian_eps(D, 0.0, s)(x, t), a, gradient, scale)
         torch.testing.assert_close(guided, gaussian_eps(D, scale * m, s)(x, t))
+
+
+def test_eps_from_v_and_what_l_simple_sees_of_it():
+    x_0, noise, t = randn(4, 3), randn(4, 3, seed=1), torch.tensor([1, 300, 900, 1000])
+    a = D.alpha_bar[t][:, None]
+    v = a.sqrt() * noise - (1 - a).sqrt() * x_0
+    x_t = D.q_sample(x_0, t, noise)
+    torch.testing.assert_close(D.eps_from_v(x_t, t, v), noise)
+    wrong = D.eps_from_v(x_t, t, v + 0.1) - noise  # an error of v counts alpha_bar_t times in L_simple
+    torch.testing.assert_close(wrong.square(), (a * 0.01).expand(4, 3))
