@@ -180,6 +180,12 @@ def faster_in_bf16(device):
     return seconds(True) < 0.9 * seconds(False)
 
 
+def mixed_precision(settings):
+    """bf16 autocast as the settings ask. Without its cache: that would keep casts of the weights that EMA has swapped out."""
+    kind = torch.device(settings.device).type
+    return torch.autocast(kind, torch.bfloat16, enabled=settings.precision == "bf16", cache_enabled=False)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The stage: what a loss, a validation loss and a preview are
 # ------------------------------------------------------------------------------------------------------------------
@@ -384,7 +390,7 @@ def train(stage_name, typed, resume):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f}M parameters; {settings.updates:,} updates of {settings.batch}, {settings.updates / epoch:.1f} epochs")
     log = Log(out / "log.csv", run, start)
-    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=settings.precision == "bf16")
+    autocast = mixed_precision(settings)
     sums, count = torch.zeros(2, device=device), 0  # of loss and gradient norm since the last line of the log
     clock = time.perf_counter() - before
     stop = Interruption()

@@ -130,6 +130,24 @@ def test_ema_averages_parameters_with_warm_up_and_leaves_tables_alone():
     assert set(ema.state_dict()) == {name for name, _ in s.model.named_parameters()}
 
 
+def test_averaged_weights_are_really_used_under_autocast():
+    """Autocast caches the casts of weights: a second evaluation inside one context would see the first one's weights."""
+    s = stage(overfit=8)
+    s.settings.precision = "bf16"
+    for p in s.model.parameters():
+        p.data += 0.05
+    ema = EMA(s.model, 0.9)
+    for average in ema.average:
+        average.zero_()
+    with train.mixed_precision(s.settings):
+        raw = s.validate()
+        with ema.averaged():
+            averaged = s.validate()
+    with train.mixed_precision(s.settings), ema.averaged():
+        assert s.validate() == averaged
+    assert averaged != raw
+
+
 def test_learning_rate_is_the_one_typed_with_warm_up_and_decay():
     s = Letters(lr=1e-3, warmup=10, updates=110)
     rates = [learning_rate(s, n) for n in range(110)]
