@@ -45,6 +45,8 @@ def run_program(main):
         sys.exit(_complain(str(error)))
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a full disk, above all
+        sys.exit(_complain(f"{error.filename or 'a file'}: {error.strerror or error}"))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -65,6 +67,9 @@ def whole_file(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        if temporary.is_file():
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
         _remove(temporary)
@@ -136,8 +141,9 @@ class ImageSet:
 
         `validation`: how many sources, at most a tenth of all and at least one.
         """
-        sources = np.unique(self.sources)
-        held_out = sources[-max(1, min(validation, len(sources) // 10)) :]
+        sources, counts = np.unique(self.sources, return_counts=True)
+        complete = sources[counts == counts.max()]  # those with an image of every class, where there are such
+        held_out = complete[-max(1, min(validation, len(sources) // 10)) :]
         validates = np.isin(self.sources, held_out)
         return np.flatnonzero(~validates), np.flatnonzero(validates)
 
@@ -186,7 +192,7 @@ def open_packed(path, size):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    root = path if path.is_file() else class_root(path)
+    root = path.resolve() if path.is_file() else class_root(path.resolve())
     state = {"size": size, "files": source_state(root)}
     folder = packed_folder(root, size)
     if not (folder / "set.json").exists() or json.loads((folder / "set.json").read_text())["state"] != state:
@@ -198,8 +204,8 @@ def open_packed(path, size):
 def packed_folder(root, size):
     """Beside the data; in the user's cache where that folder is read-only."""
     name = f"{root.name}.packed{size}"
-    if os.access(root.absolute().parent, os.W_OK):
-        return root.absolute().parent / name
+    if os.access(root.parent, os.W_OK):
+        return root.parent / name
     key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     return Path.home() / ".cache" / "color-diffusion" / f"{key}-{name}"
 
@@ -238,17 +244,13 @@ def pack(root, size, state, folder):
     check_alphabet(root, classes)
     with whole_file(folder) as temporary:
         temporary.mkdir()
-        channels = None
-        bar = tqdm(total=count, desc=f"packing {root.name}", unit="image", disable=None)
-        for i, image in enumerate(images(size)):
-            if channels is None:
-                channels = image.shape[-1]
-                shape = (count, size, size, channels)
-                packed = np.lib.format.open_memmap(temporary / "images.npy", "w+", np.uint8, shape)
-            packed[i] = image
-            bar.update()
-        bar.close()
-        packed.flush()
+        # written in order, not through a map: a full disk is then an error that can be reported
+        with (temporary / "images.npy").open("wb") as file:
+            for i, image in enumerate(tqdm(images(size), f"packing {root.name}", count, unit="image", disable=None)):
+                if i == 0:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                file.write(image.tobytes())
         np.save(temporary / "labels.npy", np.asarray(labels, np.int64))
         np.save(temporary / "sources.npy", sources_of(names, labels))
         (temporary / "set.json").write_text(json.dumps({"classes": classes, "state": state}))
@@ -338,11 +340,12 @@ def read_npz(path):
             if missing:
                 raise UserError(f"{path}: no array {' and '.join(sorted(missing))}; it holds: {', '.join(file.files)}")
             array, labels = file["images"], file["labels"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not an .npz file that can be read") from error
-    if array.dtype != np.uint8 or array.ndim not in (3, 4) or len(array) != len(labels) or len(array) == 0:
-        found = f"{array.dtype} {array.shape} and {len(labels)} labels"
-        raise UserError(f"{path}: expected uint8 images (N, H, W) or (N, H, W, C) and N labels, found {found}")
+    images_fit = array.dtype == np.uint8 and (array.ndim == 3 or array.ndim == 4 and array.shape[-1] in (1, 3)) and len(array)
+    if not images_fit or labels.shape != array.shape[:1] or labels.dtype.kind not in "iuU":
+        found = f"images {array.dtype} {array.shape} and labels {labels.dtype} {labels.shape}"
+        raise UserError(f"{path}: expected uint8 images (N, H, W), (N, H, W, 1 or 3) and N labels, found {found}")
     values, numbers = np.unique(labels, return_inverse=True)
     classes = [str(value) for value in values]
     if np.issubdtype(labels.dtype, np.integer):

@@ -35,7 +35,7 @@ class PixelDiffusion(nn.Module):
         if isinstance(t, int):
             t = torch.full((len(x),), t, device=x.device)
         x = x.contiguous(memory_format=torch.channels_last)
-        out = self.unet(x, t - 1, y=y)
+        out = self.unet(x, t - 1, y=y).to(x.dtype)  # samplers extrapolate: bf16 would be amplified there
         return out if self.predict == "eps" else self.diffusion.eps_from_v(x, t, out)
 
     def loss(self, x_0, y, t, noise):

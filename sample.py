@@ -11,6 +11,7 @@ nor label. Samplers are generators: after every step they yield (t, x_t, predict
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde"):
     """3.5.3, ancestral sampling:  x_{t-1} = mu_theta(x_t, t) + sigma_t xi  (E29).
 
     On a subset of the time steps it is ancestral sampling of the shorter chain, whose beta are 1 - alpha_bar_t/alpha_bar_t'.
-    noise: function () -> standard normal like x; variance: "beta_tilde" or "beta", see `Diffusion.p_sample`.
+    times must end at 0. noise: function () -> standard normal like x; variance: see `Diffusion.p_sample`.
     """
     kept = alpha_bar[times[::-1]]
     chain = Diffusion(1 - kept[1:] / kept[:-1])
@@ -97,15 +98,17 @@ def plms(eps, x, times, alpha_bar):
         eps' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24          e_0 the newest: Adams-Bashforth of order 4
 
     The history fills up with orders 2 and 3 after one improved Euler step, as in the published sampler; that step looks
-    ahead once, so S steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.
+    ahead once, so S > 1 steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.
     """
     history = []
     for t, t_next in zip(times, times[1:]):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
         e = eps(x, t)
-        if not history:
+        if not history and len(times) == 2:
+            e_prime = e  # a single step has no next one to look ahead to
+        elif not history:
             ahead, _ = ddim_step(x, e, a, a_next)
-            e_prime = (e + eps(ahead, t_next if len(times) > 2 else t)) / 2  # a single step has no next one to look at
+            e_prime = (e + eps(ahead, t_next)) / 2
         elif len(history) == 1:
             e_prime = (3 * e - history[0]) / 2
         elif len(history) == 2:
@@ -248,12 +251,13 @@ def word_labels(model, text):
 def parse():
     p = argparse.ArgumentParser(description="Pictures from a trained model.")
     p.add_argument("--run", help="run folder or model file (default: runs/letters, else the model in assets)")
-    p.add_argument("--label", help="label by name or number; none = unconditional")
+    p.add_argument("--label", help="label by name or number; none = unconditional (the default)")
     p.add_argument("--n", type=int, help="how many images, or columns of a grid (default 16, grid 8, strip 2)")
-    p.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
-    p.add_argument("--text", help="draw a word, one image a letter")
-    p.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
-    p.add_argument("--per-label", type=int, metavar="N", help="N images of every label (or of --label), one folder a label")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
+    what.add_argument("--text", help="draw a word, one image a letter")
+    what.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
+    what.add_argument("--per-label", type=int, metavar="N", help="N images of every label (or of --label), one folder a label")
     p.add_argument("--sampler", choices=("plms", "ddim", "ddpm"), default="plms", help="default plms")
     p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
     p.add_argument("--times", choices=("even", "published"), default="even", help="published = the published sampler's table")
@@ -270,16 +274,22 @@ def parse():
 
 def main():
     args = parse()
-    if args.scale < 0:
+    if not 0 <= args.scale < math.inf:
         raise UserError(f"--scale {args.scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
+    if args.out and not args.per_label and Path(args.out).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--out {args.out}: not the name of a picture; end it with .png")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
     if args.n is not None and args.n < 1 or args.per_label is not None and args.per_label < 1 or args.batch < 1:
         raise UserError("--n, --per-label and --batch must be 1 or more")
-    if not 0 <= args.eta <= 1:
-        raise UserError(f"--eta {args.eta:g}: expected 0 to 1")
+    if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
+        raise UserError(f"--eta {args.eta:g}: expected 0 to 1, and only with --sampler ddim")
+    if args.sampler == "ddpm" and args.times == "published":
+        raise UserError("--times published: a table for ddim and plms; ancestral sampling must end at the clean image")
     run = args.run or next((p for p in ("runs/letters", ASSETS / "letters.pt") if Path(p).exists()), None)
     if run is None:
         raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
-    device = args.device or best_device()
+    device = check_device(args.device or best_device())
     model = load_model(run, args.weights, device)
     T = model.diffusion.T
     if not 1 <= args.steps <= T:
@@ -352,6 +362,15 @@ def best_device():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def check_device(device):
+    """The device, if it is there."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: not there on this machine") from None
+    return device
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import UserError, chart, open_letters, run_program, whole_file
 from ddpm import SCHEDULES, drop_labels
 from ldm import build_letters, load_weights, read_checkpoint, save_model
-from sample import best_device, label_grid
+from sample import best_device, check_device, label_grid
 
 # ------------------------------------------------------------------------------------------------------------------
 # Settings: one dataclass a stage, every field a flag
@@ -41,7 +41,7 @@ class Letters:
     """`--stage letters`. A field that is None takes its value from `SIZES[model]`."""
 
     data: str | None = flag(None, "folder of class folders, or .npz (default: the embedded letters)", kind=str)
-    out: str = flag("runs/letters", "run folder")
+    out: str = flag("runs/letters", "run folder", resume=True)
     model: str = flag(
         "auto",
         "small (fits two CPU cores), thesis (the wide network, batch 512), auto = thesis on a GPU",
@@ -103,10 +103,11 @@ STAGES = {"letters": Letters}
 
 def parse(arguments=None):
     """The stage's settings, which of them were typed, and whether to resume."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
-    stage = first.parse_known_args(arguments)[0].stage if "-h" not in sys.argv and "--help" not in sys.argv else "letters"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[first])
+    known = argparse.ArgumentParser(add_help=False)
+    known.add_argument("--stage", choices=tuple(STAGES), default="letters")
+    stage = known.parse_known_args(arguments)[0].stage
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for f in fields(STAGES[stage]):
         name = "--" + f.name.replace("_", "-")
@@ -126,10 +127,7 @@ def complete(settings):
     """Fill in what depends on the machine, check the numbers, and say which model and why."""
     if settings.device == "auto":
         settings.device = best_device()
-    try:
-        torch.zeros(1, device=settings.device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {settings.device}: not there on this machine") from None
+    check_device(settings.device)
     gpu = settings.device != "cpu"
     if settings.model == "auto":
         settings.model = "thesis" if gpu else "small"
@@ -140,7 +138,7 @@ def complete(settings):
     settings.multipliers = tuple(settings.multipliers)
     if settings.precision == "auto":
         settings.precision = "bf16" if faster_in_bf16(settings.device) else "float32"
-        print(f"--precision {settings.precision}: measured faster on this {settings.device}")
+        print(f"--precision {settings.precision}: chosen by the speed of both, measured on this {settings.device}")
     positive = (
         "updates",
         "batch",
@@ -156,6 +154,9 @@ def complete(settings):
     for name in positive:
         if getattr(settings, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be more than 0")
+    for name in ("seed", "overfit", "weight_decay", "warmup"):
+        if getattr(settings, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be 0 or more")
     if not 0 <= settings.p_uncond <= 1 or not 0 <= settings.ema < 1:
         raise UserError("--p-uncond must be between 0 and 1, --ema from 0 to below 1")
     if settings.channels % 16 or not 1 <= len(settings.multipliers) <= 6 or min(settings.multipliers) < 1:
@@ -218,6 +219,8 @@ class LettersStage:
         print(self.data.report())
         self.classes = self.data.classes
         self.train_rows, self.validation_rows = self.data.split()
+        if not len(self.train_rows):
+            raise UserError(f"{settings.data}: too few images to keep some for validation; two a class are the least")
         if settings.overfit:
             self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
         torch.manual_seed(settings.seed)
@@ -242,7 +245,8 @@ class LettersStage:
     @torch.no_grad()
     def validate(self, most=1040, batch=260):
         """L_simple over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare."""
-        rows = self.validation_rows[:: max(1, len(self.validation_rows) // most)][:most]
+        spread = np.linspace(0, len(self.validation_rows) - 1, min(most, len(self.validation_rows)))
+        rows = self.validation_rows[spread.astype(int)]
         draw = rng(0, 0, 3)
         t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
         noise = torch.randn((len(rows), *self.model.shape), generator=draw)
@@ -323,7 +327,9 @@ class Log:
             writer.writerows(kept)
 
     def rows(self):
-        return list(csv.DictReader(self.path.open())) if self.path.exists() else []
+        text = self.path.read_text() if self.path.exists() else ""
+        whole_lines = text[: text.rfind("\n") + 1]  # a power cut may leave half a line
+        return list(csv.DictReader(whole_lines.splitlines()))
 
     def write(self, row):
         row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
@@ -367,7 +373,11 @@ class Interruption:
 
 def train(stage_name, typed, resume):
     out = Path(typed.get("out", STAGES[stage_name].out))
-    saved = read_checkpoint(out / "checkpoint.pt", {"settings", "update", "raw", "ema", "optimizer"}) if resume else None
+    saved = (
+        read_checkpoint(out / "checkpoint.pt", {"settings", "update", "run", "seconds", "raw", "ema", "optimizer"})
+        if resume
+        else None
+    )
     if not resume and (out / "checkpoint.pt").exists():
         raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
     settings = restore(stage_name, saved, typed) if saved else STAGES[stage_name](**typed)
@@ -411,9 +421,10 @@ def train(stage_name, typed, resume):
         bar.update()
 
         done = n + 1
-        last = done == settings.updates or stop.signal
+        stopping = stop.signal  # read once: what comes after that signal waits for the next update
+        last = done == settings.updates or stopping
         save = last or done % settings.save_every == 0
-        validate = not stop.signal and (last or done % settings.validate_every == 0)
+        validate = not stopping and (last or done % settings.validate_every == 0)
         if not (save or validate or done % 10 == 0):
             continue
         train_loss, grad_norm = (sums / count).tolist()
@@ -446,14 +457,14 @@ def train(stage_name, typed, resume):
                 torch.save({"settings": asdict(settings), **state}, temporary)
             save_model(out / "model.pt", stage_name, settings, stage.classes, done, weights)
             draw_losses(log, out / "loss.png")
-        if stop.signal:
+        if stopping:
             bar.close()
             print(f"stopped after update {done} and saved; to go on: {resume_command(stage_name, out)}")
-            sys.exit(128 + stop.signal)
+            sys.exit(128 + stopping)
 
     bar.close()
     with autocast, ema.averaged():
-        stage.preview(out / "grid.png", columns=8, steps=50)
+        stage.preview(out / "grid.png", columns=6, steps=50)
     print(f"{out / 'grid.png'} shows every label; next: python sample.py --run {out} --text HELLO")
 
 

@@ -53,13 +53,6 @@ def hermite(n=3):
 # ---------------------------------------------------------------------------------------------------- chapter 2
 
 
-def test_eq_2_1_bayes_rule_is_what_the_posterior_below_uses():
-    joint = random_law(12).view(3, 4)  # p(z, x)
-    prior, likelihood = joint.sum(1), joint / joint.sum(1, keepdim=True)
-    evidence = joint.sum(0)
-    torch.testing.assert_close(likelihood * prior[:, None] / evidence, joint / joint.sum(0))
-
-
 def test_eq_2_4_kl_divergence_value_and_printed_sign():
     q, p = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.25, 0.75], dtype=torch.float64)
     right = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)

@@ -53,12 +53,13 @@ def last(path):
     return x
 
 
-def ode_error(sampler, steps):
-    """Distance of the sampler's end from the exact one, for one start."""
+def ode_error(sampler, steps, end=0):
+    """Distance from the exact solution at time `end`, for one start at T."""
     z = torch.tensor([1.3], dtype=torch.float64)
-    mean, var = law(1000)
-    end = last(sampler(exact_eps, mean + var.sqrt() * z, timesteps(1000, steps), A))
-    return (end - (M + S * z)).abs().item()
+    (start_mean, start_var), (mean, var) = law(1000), law(end)
+    times = [end + (1000 - end) * i // steps for i in range(steps, -1, -1)]
+    x = last(sampler(exact_eps, start_mean + start_var.sqrt() * z, times, A))
+    return (x - (mean + var.sqrt() * z)).abs().item()
 
 
 # ---------------------------------------------------------------------------------------------------- time steps
@@ -105,15 +106,17 @@ def test_one_point_of_data_is_reached_exactly(sampler, steps):
     torch.testing.assert_close(path[0][2], x_0)  # the predicted clean image, from the first step on
 
 
-def test_ddim_converges_with_order_1_and_plms_faster():
-    """Orders found: DDIM 1.0, PLMS 1.9 to 2.4 (its first step, a single improved Euler one, is of order 2)."""
-    ddim_errors = [ode_error(ddim, n) for n in (25, 50, 100, 200)]
-    plms_errors = [ode_error(plms, n) for n in (25, 50, 100, 200)]
-    ddim_orders = -np.diff(np.log2(ddim_errors))
-    plms_orders = -np.diff(np.log2(plms_errors))
-    assert np.all((ddim_orders > 0.8) & (ddim_orders < 1.3)), ddim_orders
-    assert np.all(plms_orders > 1.7), plms_orders
-    assert plms_errors[1] < ddim_errors[1] / 10, (plms_errors, ddim_errors)
+def test_ddim_converges_with_order_1_and_plms_with_order_2():
+    """Orders found: DDIM 1.0, PLMS 2.0 (its one improved Euler step and the DDIM transfer are of order 2), down to t = 200.
+
+    The last stretch, where sqrt(1 - alpha_bar) falls to 0 with infinite slope, costs PLMS its order but not its lead: at the
+    50 steps of the thesis its error is 43 times smaller.
+    """
+    counts = (50, 100, 200, 400)
+    ddim_orders, plms_orders = (-np.diff(np.log2([ode_error(f, n, end=200) for n in counts])) for f in (ddim, plms))
+    assert np.all(np.abs(ddim_orders - 1) < 0.05), ddim_orders
+    assert np.all(np.abs(plms_orders - 2) < 0.2), plms_orders
+    assert 30 < ode_error(ddim, 50) / ode_error(plms, 50) < 60
 
 
 def test_ddim_step_equals_the_transfer_of_the_plms_paper():
@@ -159,7 +162,7 @@ def test_plms_costs_one_evaluation_more_than_its_steps():
     for steps in (1, 2, 5, 50):
         calls = []
         last(plms(lambda x, t: calls.append(t) or x, torch.zeros(1), timesteps(1000, steps), A))  # noqa: B023
-        assert len(calls) == steps + 1
+        assert len(calls) == steps + (steps > 1)
 
 
 def test_published_plms_is_reproduced():
@@ -345,6 +348,11 @@ def test_command_line_says_when_guidance_means_nothing(run, tmp_path):
         (("--n", 0), "1 or more"),
         (("--eta", 2), "--eta 2"),
         (("--times", "published", "--steps", 27), "past the last step"),
+        (("--eta", 0.5), "only with --sampler ddim"),
+        (("--sampler", "ddpm", "--times", "published"), "must end at the clean image"),
+        (("--scale", "nan"), "--scale nan"),
+        (("--out", "letters"), "not the name of a picture"),
+        (("--device", "cuda:99"), "not there on this machine"),
         (("--out", "/proc/nothing/a.png", "--steps", 1, "--n", 1), "cannot write"),
     ],
 )

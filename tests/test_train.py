@@ -10,26 +10,11 @@ import torch
 from PIL import Image
 
 import train
-from ddpm import drop_labels
 from train import EMA, Letters, LettersStage, Log, complete, draw_losses, learning_rate, rows_of_update
 
 TINY = ("--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", 16, "--channels", 16)
-SHORT = (
-    *TINY,
-    "--multipliers",
-    1,
-    1,
-    "--overfit",
-    64,
-    "--updates",
-    12,
-    "--save-every",
-    4,
-    "--validate-every",
-    4,
-    "--preview-every",
-    100,
-)
+SMALL = (*TINY, "--multipliers", 1, 1, "--T", 20, "--overfit", 64)
+SHORT = (*SMALL, "--updates", 12, "--save-every", 4, "--validate-every", 4, "--preview-every", 100)
 
 
 def stage(**changes):
@@ -124,7 +109,6 @@ def test_ema_averages_parameters_with_warm_up_and_leaves_tables_alone():
     for _ in range(200):
         ema.update(1000)  # decay 0.9
     with ema.averaged():
-        assert all(p is not q for p, q in zip(first, ema.average))
         torch.testing.assert_close(next(s.model.parameters()), first[0] + 1)
         assert torch.equal(s.model.diffusion.alpha_bar, table)
     assert set(ema.state_dict()) == {name for name, _ in s.model.named_parameters()}
@@ -153,12 +137,6 @@ def test_learning_rate_is_the_one_typed_with_warm_up_and_decay():
     rates = [learning_rate(s, n) for n in range(110)]
     assert rates[0] == pytest.approx(1e-4) and max(rates) == rates[9] == pytest.approx(1e-3)
     assert rates[60] == pytest.approx(5e-4) and 0 < rates[-1] < 2e-5
-
-
-def test_zero_label_share_in_the_loss_matches_drop_labels():
-    s = stage(p_uncond=0.0)
-    y = seen_by(s, 0)["y"]
-    assert torch.equal(drop_labels(y, 26, 0.0, torch.rand(8)), y) and y.max() < 26
 
 
 def test_log_keeps_interruptions_apart(tmp_path):
@@ -192,7 +170,7 @@ def test_a_tiny_run_learns_and_samples(run, tmp_path):
     assert code == 0, err
     rows = list(train.csv.DictReader((out / "log.csv").open()))
     first, final = float(rows[0]["train_loss"]), float(rows[-1]["validation_loss"])
-    assert first > 0.8 and final < 0.35, (first, final)
+    assert first > 0.8 and final < 0.5, (first, final)
     assert "sample.py" in text
     for name in ("grid.png", "loss.png"):
         Image.open(out / name).verify()
@@ -222,6 +200,18 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(run, undisturbed
     for key in ("raw", "ema", "optimizer"):
         assert equal(one[key], two[key]), key
     assert {r["run"] for r in train.csv.DictReader((out / "log.csv").open())} == {"1", "2"}
+
+
+def test_a_signal_during_validation_still_saves_before_it_stops(run, tmp_path, monkeypatch):
+    validate = LettersStage.validate
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self)
+
+    monkeypatch.setattr(LettersStage, "validate", interrupted)
+    code, *_ = run("train", *SHORT, "--validate-every", 3, "--save-every", 5, "--out", tmp_path / "run")
+    assert code == 128 + signal.SIGTERM and saved(tmp_path / "run")["update"] == 4
 
 
 def test_a_run_is_not_overwritten_and_settings_do_not_drift(refused, undisturbed):
