@@ -286,7 +286,7 @@ def main():
         raise UserError(f"--eta {args.eta:g}: expected 0 to 1, and only with --sampler ddim")
     if args.sampler == "ddpm" and args.times == "published":
         raise UserError("--times published: a table for ddim and plms; ancestral sampling must end at the clean image")
-    run = args.run or next((p for p in ("runs/letters", ASSETS / "letters.pt") if Path(p).exists()), None)
+    run = args.run or next((p for p in ("runs/letters/model.pt", ASSETS / "letters.pt") if Path(p).exists()), None)
     if run is None:
         raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
     device = check_device(args.device or best_device())

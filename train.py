@@ -229,7 +229,7 @@ class LettersStage:
             self.model.unet.compile()
 
     def loss(self, n):
-        """L_simple (3.5.4) of update n, with labels dropped as in 4.4.3."""
+        """The loss of update n (3.5.4), with labels dropped as in 4.4.3: a function of (seed, n) and the weights alone."""
         s = self.settings
         rows = self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
         draw = rng(s.seed, n, 2)
@@ -244,7 +244,7 @@ class LettersStage:
 
     @torch.no_grad()
     def validate(self, most=1040, batch=260):
-        """L_simple over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare."""
+        """The loss over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare."""
         spread = np.linspace(0, len(self.validation_rows) - 1, min(most, len(self.validation_rows)))
         rows = self.validation_rows[spread.astype(int)]
         draw = rng(0, 0, 3)
