@@ -41,19 +41,17 @@ def run_program(main):
     """Run a command-line program: a UserError becomes one line on stderr and exit code 2."""
     try:
         main()
-    except UserError as error:
-        sys.exit(_complain(str(error)))
+        return
     except BrokenPipeError:
         sys.exit(1)
-    except OSError as error:  # a full disk, above all
-        sys.exit(_complain(f"{error.filename or 'a file'}: {error.strerror or error}"))
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _complain(message):
+    except UserError as error:
+        message = str(error)
+    except OSError as error:  # a full disk, above all
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -71,12 +69,9 @@ def whole_file(path):
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
+    except OSError as error:
         _remove(temporary)
-        if isinstance(error, RuntimeError) and "write" not in str(error) and "unexpected pos" not in str(error):
-            raise
-        reason = getattr(error, "strerror", None) or "the write failed, the disk may be full"
-        raise UserError(f"cannot write {path}: {reason}; nothing was changed") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     except BaseException:
         _remove(temporary)
         raise
@@ -195,10 +190,11 @@ def open_packed(path, size):
     root = path.resolve() if path.is_file() else class_root(path.resolve())
     state = {"size": size, "files": source_state(root)}
     folder = packed_folder(root, size)
-    if not (folder / "set.json").exists() or json.loads((folder / "set.json").read_text())["state"] != state:
+    about = folder / "set.json"
+    if not about.exists() or json.loads(about.read_text())["state"] != state:
         pack(root, size, state, folder)
     arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
-    return ImageSet(*arrays, json.loads((folder / "set.json").read_text())["classes"])
+    return ImageSet(*arrays, json.loads(about.read_text())["classes"])
 
 
 def packed_folder(root, size):
@@ -206,7 +202,7 @@ def packed_folder(root, size):
     name = f"{root.name}.packed{size}"
     if os.access(root.parent, os.W_OK):
         return root.parent / name
-    key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+    key = hashlib.sha256(str(root).encode()).hexdigest()[:12]
     return Path.home() / ".cache" / "color-diffusion" / f"{key}-{name}"
 
 
@@ -285,7 +281,7 @@ def sources_of(names, labels):
 
 def read_tree(root):
     """A folder of class folders -> (classes, file names, labels, count, function size -> iterator of arrays)."""
-    classes, files, labels = [], [], []
+    classes, files, labels, firsts = [], [], [], []
     for folder in subfolders(root):
         inside = sorted(file for file in folder.iterdir() if is_image(file))
         if not inside:
@@ -293,7 +289,7 @@ def read_tree(root):
         labels += [len(classes)] * len(inside)
         classes.append(folder.name)
         files += inside
-    firsts = [files[labels.index(i)] for i in range(len(classes))]
+        firsts.append(inside[0])
     mode = "L" if all(open_image(file).mode in ("1", "L", "LA", "I;16") for file in firsts) else "RGB"
 
     def images(size):

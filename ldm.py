@@ -4,9 +4,9 @@
 model only through `shape`, `eps`, `loss` and `decode`.
 """
 
+import errno
 import pickle
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -63,12 +63,10 @@ def build_letters(settings, classes):
 def save_model(path, stage, settings, classes, update, weights):
     """Everything `sample.py` needs, in one file that loads with `weights_only=True`.
 
-    weights: name -> state dict; training saves "raw" and "ema".
+    settings: a dict; weights: name -> state dict; training saves "raw" and "ema".
     """
-    settings = settings if isinstance(settings, dict) else asdict(settings)
     content = {"stage": stage, "settings": settings, "classes": list(classes), "update": update, "weights": weights}
-    with whole_file(path) as temporary:
-        torch.save(content, temporary)
+    write_checkpoint(path, content)
 
 
 def load_model(path, weights="ema", device="cpu"):
@@ -86,6 +84,15 @@ def load_model(path, weights="ema", device="cpu"):
     load_weights(model, content["weights"][weights], path)
     model.settings, model.update = content["settings"], content["update"]
     return model.to(device).eval()
+
+
+def write_checkpoint(path, content):
+    """A dict of tensors and plain values to a file, whole or not at all; UserError when the disk is full."""
+    with whole_file(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch.save reports a failed write
+            raise OSError(errno.EIO, "the write failed, the disk may be full") from error
 
 
 def read_checkpoint(path, keys):

@@ -143,13 +143,12 @@ def with_cfg(model, y, scale):
     return eps
 
 
-def with_clipping(eps, alpha_bar):
+def with_clipping(eps, diffusion):
     """eps(x, t) whose predicted x_0 is clamped to [-1, 1]: for pixels only, never for latents; not in the thesis (E29)."""
 
     def clipped(x, t):
-        a = alpha_bar[t].item()
-        x_0 = ((x - (1 - a) ** 0.5 * eps(x, t)) / a**0.5).clamp(-1, 1)
-        return (x - a**0.5 * x_0) / (1 - a) ** 0.5
+        x_0 = diffusion.predict_x0(x, t, eps(x, t)).clamp(-1, 1)
+        return diffusion.predict_eps(x, t, x_0)
 
     return clipped
 
@@ -183,7 +182,7 @@ def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=
     noise = ImageNoise(seeds, model.shape, device)
     eps = with_cfg(model, torch.as_tensor(y, device=device), scale)
     if clip:
-        eps = with_clipping(eps, alpha_bar)
+        eps = with_clipping(eps, model.diffusion)
     x_T = noise()
     if sampler == "ddpm":
         yield from ddpm(eps, x_T, times, alpha_bar, noise)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import UserError, chart, open_letters, run_program, whole_file
 from ddpm import SCHEDULES, drop_labels
-from ldm import build_letters, load_weights, read_checkpoint, save_model
+from ldm import build_letters, load_weights, read_checkpoint, save_model, write_checkpoint
 from sample import best_device, check_device, label_grid
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -453,9 +453,8 @@ def train(stage_name, typed, resume):
         if save:
             weights = {"raw": model.state_dict(), "ema": ema.state_dict()}
             state = {"update": done, "run": run, "seconds": seconds, "optimizer": optimizer.state_dict(), **weights}
-            with whole_file(out / "checkpoint.pt") as temporary:
-                torch.save({"settings": asdict(settings), **state}, temporary)
-            save_model(out / "model.pt", stage_name, settings, stage.classes, done, weights)
+            write_checkpoint(out / "checkpoint.pt", {"settings": asdict(settings), **state})
+            save_model(out / "model.pt", stage_name, asdict(settings), stage.classes, done, weights)
             draw_losses(log, out / "loss.png")
         if stopping:
             bar.close()

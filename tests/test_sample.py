@@ -235,7 +235,7 @@ def test_classifier_free_guidance_is_one_batched_evaluation():
 
 
 def test_clipping_bounds_the_predicted_image_and_touches_nothing_else():
-    eps = with_clipping(exact_eps, A)
+    eps = with_clipping(exact_eps, D)
     for t in (1, 300, 1000):
         x = torch.linspace(-4, 4, 9, dtype=torch.float64)
         free, held = (D.predict_x0(x, t, e(x, t)) for e in (exact_eps, eps))
