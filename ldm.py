@@ -1,10 +1,12 @@
-"""A diffusion model as one object, and the file it lives in: sections 3.5.3, 4.4.3 and 4.4.5 of the thesis.
+"""A diffusion model as one object, and the files of every model: sections 3.5.3, 4.4.3, 4.4.5 and 4.4.7 of the thesis.
 
 `PixelDiffusion` is the letters model: the network, its schedule, the names of its labels. Training and sampling know a
-model only through `shape`, `eps`, `loss` and `decode`.
+model only through `shape`, `eps`, `loss` and `decode`. Below it: building, saving and loading models, ours and the published
+first stages.
 """
 
 import errno
+import hashlib
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import nn
 from data import UserError, whole_file
 from ddpm import SCHEDULES, Diffusion
 from unet import letters_unet
+from vqgan import VQGAN, Codebook, GaussianBottleneck, NoBottleneck, PerceptualLoss
 
 
 class PixelDiffusion(nn.Module):
@@ -55,8 +58,19 @@ def build_letters(settings, classes):
     return PixelDiffusion(unet, beta, classes, (3, 32, 32), settings["predict"]).to(memory_format=torch.channels_last)
 
 
+def build_first_stage(settings):
+    """The first stage (4.4.7) for the settings of a run, a dict as `train.py` saves it."""
+    bottleneck = {
+        "none": NoBottleneck,
+        "kl": lambda: GaussianBottleneck(settings["kl_weight"]),
+        "vq": lambda: Codebook(settings["codes"], settings["z_channels"], settings["beta"], settings["released"]),
+    }[settings["bottleneck"]]()
+    names = ("channels", "multipliers", "blocks", "attention_levels", "z_channels", "groups")
+    return VQGAN(**{name: settings[name] for name in names}, bottleneck=bottleneck).to(memory_format=torch.channels_last)
+
+
 # ------------------------------------------------------------------------------------------------------------------
-# Files
+# Our files
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -70,19 +84,23 @@ def save_model(path, stage, settings, classes, update, weights):
 
 
 def load_model(path, weights="ema", device="cpu"):
-    """The model of a run folder or of a model file, ready for sampling, with `settings` and `update` as attributes.
+    """The model of a run folder or of a model file, ready for use, with `stage`, `settings` and `update` as attributes.
 
-    Raises UserError for a file that is missing, truncated or not one of ours. Such a file cannot run code: only tensors and
-    plain values are read.
+    A published first stage is opened as well. Raises UserError for a file that is missing, truncated or neither. Such a file
+    cannot run code: only tensors and plain values are read.
     """
     path = Path(path)
     path = path / "model.pt" if path.is_dir() else path
-    content = read_checkpoint(path, {"stage", "settings", "classes", "update", "weights"})
+    content = read_file(path)
+    if "state_dict" in content:
+        content = published_first_stage(content["state_dict"], path, weights)
+    require(content, {"stage", "settings", "classes", "update", "weights"}, path)
     if weights not in content["weights"]:
         raise UserError(f"{path} has no {weights!r} weights, only: {', '.join(content['weights'])}")
-    model = build_letters(content["settings"], content["classes"])
+    settings, classes = content["settings"], content["classes"]
+    model = build_letters(settings, classes) if content["stage"] == "letters" else build_first_stage(settings)
     load_weights(model, content["weights"][weights], path)
-    model.settings, model.update = content["settings"], content["update"]
+    model.stage, model.settings, model.update = content["stage"], settings, content["update"]
     return model.to(device).eval()
 
 
@@ -97,13 +115,32 @@ def write_checkpoint(path, content):
 
 def read_checkpoint(path, keys):
     """The dict in a checkpoint file, which must have `keys`."""
+    return require(read_file(path), keys, path)
+
+
+def require(content, keys, path):
+    if not keys <= content.keys():
+        raise UserError(f"{path}: a PyTorch file, but not a checkpoint of this project")
+    return content
+
+
+def read_file(path):
+    """The dict in a PyTorch file. Nothing in the file is run: of what is no tensor or plain value, Lightning's names become
+    inert stand-ins, and any other is refused."""
+    stand_ins = [(StandIn, name) for name in LIGHTNING_NAMES]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(stand_ins):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; python train.py --stage letters makes a model") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a checkpoint that can be read (truncated, or not a PyTorch file of tensors)") from error
-    if not isinstance(content, dict) or not keys <= content.keys():
+        raise UserError(f"{path}: no such file; python train.py --help says what makes one") from None
+    except pickle.UnpicklingError as error:
+        names = foreign_names(path)
+        if names:
+            raise UserError(f"{path}: refused, it asks to run {', '.join(names)}; only tensors are read") from None
+        raise UserError(f"{path}: not a checkpoint that can be read (truncated, or not a PyTorch file)") from error
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a checkpoint that can be read (truncated, or not a PyTorch file)") from error
+    if not isinstance(content, dict):
         raise UserError(f"{path}: a PyTorch file, but not a checkpoint of this project")
     return content
 
@@ -125,3 +162,124 @@ def load_weights(module, state, path):
     if problems:
         raise UserError(f"{path}: the weights do not fit the model: {'; '.join(problems)}")
     module.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Published files
+# ------------------------------------------------------------------------------------------------------------------
+
+# What PyTorch Lightning's checkpoints name beside tensors: the key of a callback's state, and the best score as a NumPy scalar.
+LIGHTNING_NAMES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+
+
+class StandIn:
+    """Takes the place of whatever such a name would have built, and does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def foreign_names(path):
+    """The names in a file that neither torch's own loader nor LIGHTNING_NAMES knows."""
+    try:
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - set(LIGHTNING_NAMES))
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        return []
+
+
+def published_first_stage(state, path, weights):
+    """The content of one of our model files, made from the state dict of a published one (`vq-f8`, `kl-f8`, ...)."""
+    state = {name: value for name, value in state.items() if not name.startswith("loss.")}
+    settings = first_stage_settings(state, path) | {"size": 256, "beta": 0.25, "released": True, "kl_weight": 1e-6}
+    return {"stage": "vqgan", "settings": settings, "classes": [], "update": 0, "weights": {weights: state}}
+
+
+def first_stage_settings(state, path):
+    """The network a published state dict belongs to, read off its names and shapes."""
+    try:
+        levels = [int(name.split(".")[2]) for name in state if name.startswith("encoder.down.")]
+        channels = len(state["encoder.conv_in.weight"])
+        widths = [len(state[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(1 + max(levels))]
+        z_channels = len(state["post_quant_conv.weight"])
+        wide = len(state["quant_conv.weight"]) == 2 * z_channels
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a first stage, it has no {error.args[0]}") from None
+    codes = state.get("quantize.embedding.weight", ())
+    return {
+        "channels": channels,
+        "multipliers": tuple(width // channels for width in widths),
+        "blocks": sum(f"encoder.down.0.block.{i}.conv1.weight" in state for i in range(16)),
+        "attention_levels": tuple(i for i in range(len(widths)) if f"encoder.down.{i}.attn.0.q.weight" in state),
+        "z_channels": z_channels,
+        "groups": 32,
+        "bottleneck": "vq" if len(codes) else "kl" if wide else "none",
+        "codes": len(codes),
+    }
+
+
+def published_losses(path):
+    """The state dicts of a published first stage's networks for the losses: {"discriminator": ..., "perceptual_loss": ...}.
+
+    Empty where `path` is one of our files.
+    """
+    state = read_file(path).get("state_dict", {}) if Path(path).is_file() else {}
+    parts = {}
+    for name, value in state.items():
+        _, _, rest = name.partition("loss.")
+        part, _, inside = rest.partition(".")
+        if name.startswith("loss.") and inside:
+            parts.setdefault(part, {})[inside] = value
+    return parts
+
+
+# name, sha256 and size (where published), and where it comes from
+VGG16_FILE = "vgg16-397923af.pth"
+LPIPS_FILE = "vgg.pth"
+PERCEPTUAL_FILES = {
+    VGG16_FILE: (
+        ("sha256", "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"),
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+    ),
+    LPIPS_FILE: (
+        ("md5", "d507d7349b931f0638a25a48a722f98a"),
+        "lpips/weights/v0.1/vgg.pth inside the package lpips 0.1.4 (7,289 bytes)",
+    ),
+}
+
+
+def load_perceptual(source=None):
+    """The perceptual loss with its weights (3.2.2).
+
+    source: a folder with the two files of `PERCEPTUAL_FILES` (default: where torch.hub keeps its own), or a published first
+    stage, which holds them too. Raises UserError, naming what is missing, its checksum and where it comes from.
+    """
+    source = Path(source or Path(torch.hub.get_dir()) / "checkpoints")
+    loss = PerceptualLoss()
+    if source.is_file():
+        load_weights(loss, published_losses(source).get("perceptual_loss", {}), source)
+        return loss.eval()
+    for name, ((kind, digest), origin) in PERCEPTUAL_FILES.items():
+        if not (source / name).is_file():
+            raise UserError(f"{source / name} is not there; it is {origin}, {kind} {digest}")
+        with (source / name).open("rb") as file:
+            if hashlib.file_digest(file, kind).hexdigest() != digest:
+                raise UserError(f"{source / name}: its {kind} is not {digest}; take it from {origin}")
+    return perceptual_from(read_file(source / VGG16_FILE), read_file(source / LPIPS_FILE), source)
+
+
+def perceptual_from(vgg16, heads, source):
+    """The perceptual loss from torchvision's state dict of VGG16 (`features.<n>.weight`, ...) and LPIPS's heads."""
+    loss = PerceptualLoss()
+    state = {name: value for name, value in loss.state_dict().items() if name.startswith("scaling_layer.")} | heads
+    for name in loss.net.state_dict():
+        state[f"net.{name}"] = vgg16["features." + name.partition(".")[2]]
+    load_weights(loss, state, source)
+    return loss.eval()

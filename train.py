@@ -1,6 +1,7 @@
-"""Training: sections 3.5.4, 4.4.5, 4.7 and 5.2 of the thesis.
+"""Training: sections 3.5.4, 4.4.5, 4.4.7, 4.7 and 5.2 of the thesis.
 
     python train.py --stage letters                 the conditional pixel DDPM on 32 x 32 letters
+    python train.py --stage vqgan                   the first stage: AE, VAE, VQ-VAE or VQ-GAN
     python train.py --stage letters --resume        go on after an interruption, exactly where it stopped
 
 Everything goes to runs/<stage>: model.pt (what sample.py opens), checkpoint.pt (what --resume opens), log.csv, loss.png,
@@ -22,10 +23,32 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import UserError, chart, open_letters, run_program, whole_file
+from data import (
+    UserError,
+    chart,
+    embedded_letters,
+    grid,
+    open_letters,
+    open_paintings,
+    run_program,
+    to_tensor,
+    to_uint8,
+    whole_file,
+)
 from ddpm import SCHEDULES, drop_labels
-from ldm import build_letters, load_weights, read_checkpoint, save_model, write_checkpoint
-from sample import best_device, check_device, label_grid
+from ldm import (
+    build_first_stage,
+    build_letters,
+    load_model,
+    load_perceptual,
+    load_weights,
+    published_losses,
+    read_checkpoint,
+    save_model,
+    write_checkpoint,
+)
+from sample import best_device, check_device, label_grid, psnr
+from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
 
 # ------------------------------------------------------------------------------------------------------------------
 # Settings: one dataclass a stage, every field a flag
@@ -37,35 +60,26 @@ def flag(default, help, **more):
 
 
 @dataclass
-class Letters:
-    """`--stage letters`. A field that is None takes its value from `SIZES[model]`."""
+class Settings:
+    """What every stage has. A field that is None takes its value from `SIZES`."""
 
-    data: str | None = flag(None, "folder of class folders, or .npz (default: the embedded letters)", kind=str)
-    out: str = flag("runs/letters", "run folder", resume=True)
+    data: str | None = flag(None, "the training images (default: embedded ones)", kind=str)
+    out: str = flag("", "run folder", resume=True)
     model: str = flag(
-        "auto",
-        "small (fits two CPU cores), thesis (the wide network, batch 512), auto = thesis on a GPU",
-        choices=("auto", "small", "thesis"),
+        "auto", "small (fits two CPU cores), thesis, or auto = thesis on a GPU", choices=("auto", "small", "thesis")
     )
     updates: int | None = flag(None, "how many updates to train", kind=int, resume=True)
     batch: int | None = flag(None, "images an update", kind=int)
     lr: float | None = flag(None, "peak learning rate of AdamW", kind=float)
     channels: int | None = flag(None, "width of the first level", kind=int)
     multipliers: tuple | None = flag(None, "width of every level as a multiple of it", kind=int, nargs="+")
-    ema: float | None = flag(None, "decay of the averaged weights", kind=float)
-    predict: str | None = flag(
-        None, "eps: the loss is L_simple, as in the thesis; v: learns labels faster", kind=str, choices=("eps", "v")
-    )
-    blocks: int = flag(1, "residual blocks a level")
-    schedule: str = flag("linear", "noise schedule", choices=tuple(SCHEDULES))
-    T: int = flag(1000, "diffusion steps")
-    p_uncond: float = flag(0.2, "share of labels replaced by the zero-label (4.4.3); 0 = no classifier-free training")
-    flip: bool = flag(False, "mirror half of the images, as in fig. 4.8 (makes letters wrong, E41)")
+    ema: float | None = flag(None, "decay of the averaged weights, 0 = no averaging", kind=float)
+    flip: bool = flag(False, "mirror half of the images")
     warmup: int = flag(100, "updates until the learning rate is reached")
     weight_decay: float = flag(0.01, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm")
     overfit: int = flag(0, "train on so many images only, to see that it learns; 0 = all")
-    seed: int = flag(0, "of the start weights, the order of the data, t, noise and dropped labels")
+    seed: int = flag(0, "of the start weights, the order of the data and every random draw")
     precision: str = flag(
         "auto",
         "float32, bf16 autocast, or the faster one as measured at the start",
@@ -77,28 +91,186 @@ class Letters:
     preview_every: int = flag(1000, "updates between two preview grids", resume=True)
     save_every: int = flag(250, "updates between two checkpoints", resume=True)
 
+    POSITIVE = ("updates", "batch", "lr", "channels", "clip", "validate_every", "preview_every", "save_every")
+    NOT_NEGATIVE = ("seed", "overfit", "weight_decay", "warmup")
+
+    def preset(self):
+        """Values that something else than the size decides."""
+        return {}
+
+    def check(self):
+        """Raises UserError for a number that cannot work."""
+        for name in self.POSITIVE:
+            if getattr(self, name) <= 0:
+                raise UserError(f"{option(name)} {getattr(self, name)}: must be more than 0")
+        for name in self.NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise UserError(f"{option(name)} {getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema {self.ema}: must be from 0 to below 1")
+        if not 1 <= len(self.multipliers) <= 6 or min(self.multipliers) < 1:
+            raise UserError("--multipliers: one to six positive numbers")
+
+
+@dataclass
+class Letters(Settings):
+    """`--stage letters`: the conditional DDPM on letters (4.4.5)."""
+
+    data: str | None = flag(None, "folder of class folders, or .npz (default: the embedded letters)", kind=str)
+    out: str = flag("runs/letters", "run folder", resume=True)
+    flip: bool = flag(False, "mirror half of the images, as in fig. 4.8 (makes letters wrong, E41)")
+    predict: str | None = flag(
+        None, "eps: the loss is L_simple, as in the thesis; v: learns labels faster", kind=str, choices=("eps", "v")
+    )
+    blocks: int = flag(1, "residual blocks a level")
+    schedule: str = flag("linear", "noise schedule", choices=tuple(SCHEDULES))
+    T: int = flag(1000, "diffusion steps")
+    p_uncond: float = flag(0.2, "share of labels replaced by the zero-label (4.4.3); 0 = no classifier-free training")
+
+    POSITIVE = (*Settings.POSITIVE, "blocks", "T")
+
+    def check(self):
+        super().check()
+        if not 0 <= self.p_uncond <= 1:
+            raise UserError(f"--p-uncond {self.p_uncond}: must be between 0 and 1")
+        if self.channels % 16:
+            raise UserError(f"--channels {self.channels}: must be a multiple of 16")
+
+
+@dataclass
+class FirstStage(Settings):
+    """`--stage vqgan`: the auto-encoder of 3.1 to 3.4 with any of the three bottlenecks."""
+
+    data: str | None = flag(None, "folder of images (default: painted here), or the word letters", kind=str)
+    out: str = flag("runs/vqgan", "run folder", resume=True)
+    init: str | None = flag(None, "start from published weights (model.ckpt) or a run; it sets the network", kind=str)
+    size: int | None = flag(None, "pixels that images are cropped and resized to", kind=int)
+    crop: int | None = flag(None, "train on random squares of so many pixels (default: the whole image)", kind=int)
+    bottleneck: str | None = flag(None, "none = AE, kl = VAE, vq = VQ-VAE and VQ-GAN", kind=str, choices=("none", "kl", "vq"))
+    z_channels: int | None = flag(None, "channels of the latent, the D of the code-book", kind=int)
+    codes: int | None = flag(None, "codes in the code-book, its K", kind=int)
+    blocks: int | None = flag(None, "residual blocks a level", kind=int)
+    attention_levels: tuple | None = flag(None, "levels with attention, 0 = full resolution", kind=int, nargs="*")
+    groups: int | None = flag(None, "of every normalisation", kind=int)
+    beta: float = flag(0.25, "weight of the commitment loss (eq. 3.4)")
+    released: bool = flag(False, "beta on the code-book term instead, as the published weights were trained (E14)")
+    reseed: bool | None = flag(None, "give codes that an epoch did not use a new place (default: unless --init)")
+    kl_weight: float = flag(1e-6, "weight of the KL term of a VAE (eq. 3.1)")
+    perceptual: float | None = flag(None, "weight of the perceptual loss (default: 1 if its files are there)", kind=float)
+    perceptual_files: str | None = flag(
+        None, "folder with vgg16-397923af.pth and vgg.pth, or a published model.ckpt (default: torch hub's)", kind=str
+    )
+    adversarial: float = flag(0.6, "weight of the adversarial loss (VQ-GAN); 0 = none")
+    adversarial_loss: str = flag("hinge", "form of it", choices=("hinge", "vanilla"))
+    adaptive: bool = flag(True, "multiply it by lambda (E18)")
+    disc_start: int | None = flag(None, "update at which the adversary joins", kind=int)
+    disc_channels: int = flag(64, "width of the discriminator")
+    disc_layers: int = flag(2, "halvings in the discriminator")
+    weight_decay: float = flag(0.0, "of AdamW")
+    clip: float = flag(10.0, "largest gradient norm")
+    validate_every: int = flag(500, "updates between two validation losses", resume=True)
+    preview_every: int = flag(2000, "updates between two preview grids", resume=True)
+    save_every: int = flag(500, "updates between two checkpoints", resume=True)
+
+    POSITIVE = (*Settings.POSITIVE, "size", "z_channels", "codes", "blocks", "groups", "disc_channels", "disc_layers")
+    NOT_NEGATIVE = (*Settings.NOT_NEGATIVE, "beta", "kl_weight", "perceptual", "adversarial", "disc_start")
+
+    def check(self):
+        self.perceptual = self._perceptual_weight() if self.perceptual is None else self.perceptual
+        self.reseed = not self.init if self.reseed is None else self.reseed
+        self.crop = self.crop or self.size
+        super().check()
+        factor = 2 ** (len(self.multipliers) - 1)
+        if not 0 < self.crop <= self.size or self.crop % factor:
+            raise UserError(f"--crop {self.crop}: expected a multiple of {factor} (f), at most --size {self.size}")
+        if self.channels % self.groups:
+            raise UserError(f"--groups {self.groups}: must divide --channels {self.channels}")
+        if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
+            raise UserError(f"--attention-levels: expected numbers from 0 to {len(self.multipliers) - 1}")
+
+    def preset(self):
+        """The network of the model that --init names."""
+        if not self.init:
+            return {}
+        settings = load_model(self.init).settings
+        names = ("channels", "multipliers", "bottleneck", "z_channels", "codes", "blocks", "attention_levels", "groups")
+        for name in names:
+            typed = getattr(self, name)
+            if typed is not None and typed != settings[name]:
+                raise UserError(f"{option(name)} {typed}: --init {self.init} has {settings[name]}; leave the flag away")
+        if not self.perceptual_files and "perceptual_loss" in published_losses(self.init):
+            self.perceptual_files = self.init
+        return {name: settings[name] for name in names}
+
+    def _perceptual_weight(self):
+        try:
+            load_perceptual(self.perceptual_files)
+        except UserError as error:
+            print(f"no perceptual loss: {error}")
+            return 0.0
+        return 1.0
+
 
 SIZES = {
-    "small": {
-        "updates": 3000,
-        "batch": 32,
-        "lr": 1e-3,
-        "channels": 32,
-        "multipliers": (1, 2, 3, 4),
-        "ema": 0.998,
-        "predict": "v",
+    Letters: {
+        "small": {
+            "updates": 3000,
+            "batch": 32,
+            "lr": 1e-3,
+            "channels": 32,
+            "multipliers": (1, 2, 3, 4),
+            "ema": 0.998,
+            "predict": "v",
+        },
+        "thesis": {
+            "updates": 20_000,
+            "batch": 512,
+            "lr": 3e-4,
+            "channels": 64,
+            "multipliers": (1, 2, 4, 8),
+            "ema": 0.9995,
+            "predict": "eps",
+        },
     },
-    "thesis": {
-        "updates": 20_000,
-        "batch": 512,
-        "lr": 3e-4,
-        "channels": 64,
-        "multipliers": (1, 2, 4, 8),
-        "ema": 0.9995,
-        "predict": "eps",
+    FirstStage: {
+        "small": {
+            "updates": 8000,
+            "batch": 8,
+            "lr": 1e-3,
+            "channels": 16,
+            "multipliers": (1, 2, 4),
+            "ema": 0.995,
+            "size": 64,
+            "bottleneck": "vq",
+            "z_channels": 4,
+            "codes": 512,
+            "blocks": 1,
+            "attention_levels": (),
+            "groups": 1,
+            "disc_start": 4000,
+        },
+        "thesis": {
+            "updates": 100_000,
+            "batch": 8,
+            "lr": 3.6e-5,
+            "channels": 128,
+            "multipliers": (1, 2, 2, 4),
+            "ema": 0.0,
+            "size": 256,
+            "bottleneck": "vq",
+            "z_channels": 4,
+            "codes": 16384,
+            "blocks": 2,
+            "attention_levels": (3,),
+            "groups": 32,
+            "disc_start": 10_000,
+        },
     },
 }
-STAGES = {"letters": Letters}
+
+
+def option(name):
+    return "--" + name.replace("_", "-")
 
 
 def parse(arguments=None):
@@ -109,15 +281,14 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    for f in fields(STAGES[stage]):
-        name = "--" + f.name.replace("_", "-")
+    for f in fields(STAGES[stage].Settings):
         default = "" if f.default is None or f.type is bool else f" (default {f.default})"
         how = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
-        if f.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, **how)
+        if f.type in (bool, bool | None):
+            parser.add_argument(option(f.name), action=argparse.BooleanOptionalAction, **how)
         else:
             options = {key: f.metadata[key] for key in ("choices", "nargs") if key in f.metadata}
-            parser.add_argument(name, type=f.metadata.get("kind", f.type), **options, **how)
+            parser.add_argument(option(f.name), type=f.metadata.get("kind", f.type), **options, **how)
     typed = vars(parser.parse_args(arguments))
     stage, resume = typed.pop("stage"), typed.pop("resume")
     return stage, typed, resume
@@ -132,35 +303,16 @@ def complete(settings):
     if settings.model == "auto":
         settings.model = "thesis" if gpu else "small"
         print(f"--model {settings.model}: {'a GPU is there' if gpu else 'no GPU here'} (flags override it)")
-    for name, value in SIZES[settings.model].items():
+    for f in fields(settings):
+        if isinstance(getattr(settings, f.name), list):
+            setattr(settings, f.name, tuple(getattr(settings, f.name)))
+    for name, value in (SIZES[type(settings)][settings.model] | settings.preset()).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
-    settings.multipliers = tuple(settings.multipliers)
     if settings.precision == "auto":
         settings.precision = "bf16" if faster_in_bf16(settings.device) else "float32"
         print(f"--precision {settings.precision}: chosen by the speed of both, measured on this {settings.device}")
-    positive = (
-        "updates",
-        "batch",
-        "lr",
-        "channels",
-        "blocks",
-        "T",
-        "clip",
-        "validate_every",
-        "preview_every",
-        "save_every",
-    )
-    for name in positive:
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be more than 0")
-    for name in ("seed", "overfit", "weight_decay", "warmup"):
-        if getattr(settings, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(settings, name)}: must be 0 or more")
-    if not 0 <= settings.p_uncond <= 1 or not 0 <= settings.ema < 1:
-        raise UserError("--p-uncond must be between 0 and 1, --ema from 0 to below 1")
-    if settings.channels % 16 or not 1 <= len(settings.multipliers) <= 6 or min(settings.multipliers) < 1:
-        raise UserError("--channels must be a multiple of 16, --multipliers one to six positive numbers")
+    settings.check()
 
 
 def faster_in_bf16(device):
@@ -188,7 +340,13 @@ def mixed_precision(settings):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The stage: what a loss, a validation loss and a preview are
+# The stages: what a loss, a validation loss and a preview are
+#
+#   players()         (name, network, loss of update n, betas of AdamW) of everyone who trains; a loss of None skips the update
+#   figures           further numbers of the last update for the log, by column
+#   validate()        numbers for the log, "validation_loss" among them
+#   preview(path, final)   draws what the model can do, more of it at the end
+#   state_dict()      what else a resumed run needs, load_state_dict() takes it back
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -210,34 +368,61 @@ def rows_of_update(seed, n, batch, size):
     )
 
 
-class LettersStage:
-    """The conditional DDPM on letters (4.4.5)."""
+class Stage:
+    """What the stages share: the rows they train and validate on."""
 
-    def __init__(self, settings):
-        self.settings = settings
-        self.data = open_letters(settings.data)
-        print(self.data.report())
-        self.classes = self.data.classes
-        self.train_rows, self.validation_rows = self.data.split()
+    loss_name = "mean squared error of the prediction"  # of the validation loss, for the chart
+    columns = ()  # what `figures` and `validate` add to the log
+    best_from = None  # the update from which the best validation loss keeps best.pt; None = never
+
+    def __init__(self, settings, data):
+        self.settings, self.data, self.classes, self.figures = settings, data, data.classes, {}
+        print(data.report())
+        self.train_rows, self.validation_rows = data.split()
         if not len(self.train_rows):
             raise UserError(f"{settings.data}: too few images to keep some for validation; two a class are the least")
         if settings.overfit:
             self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
         torch.manual_seed(settings.seed)
+
+    def start(self):
+        """Called once in the life of a run, before its first update."""
+
+    def rows(self, n):
+        s = self.settings
+        return self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+class LettersStage(Stage):
+    """The conditional DDPM on letters (4.4.5)."""
+
+    Settings = Letters
+    next = "python sample.py --run {out} --text HELLO"
+
+    def __init__(self, settings):
+        super().__init__(settings, open_letters(settings.data))
         self.model = build_letters(asdict(settings), self.classes).to(settings.device)
         if settings.compile:
             self.model.unet.compile()
 
+    def players(self):
+        return [("train", self.model, self.loss, (0.9, 0.99))]
+
     def loss(self, n):
         """The loss of update n (3.5.4), with labels dropped as in 4.4.3: a function of (seed, n) and the weights alone."""
         s = self.settings
-        rows = self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
         draw = rng(s.seed, n, 2)
         t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
         noise = torch.randn((s.batch, *self.model.shape), generator=draw)
         u, mirror = torch.rand((2, s.batch), generator=draw)
         t, noise, u, mirror = (a.to(s.device, non_blocking=True) for a in (t, noise, u, mirror))
-        x, y = self.data.batch(rows, s.device)
+        x, y = self.data.batch(self.rows(n), s.device)
         if s.flip:
             x = torch.where(mirror[:, None, None, None] < 0.5, x.flip(-1), x)
         return self.model.loss(x, drop_labels(y, self.model.zero_label, s.p_uncond, u), t, noise).mean()
@@ -255,15 +440,161 @@ class LettersStage:
             x, y = self.data.batch(rows[i : i + batch], self.settings.device)
             t_i, noise_i = (a[i : i + batch].to(x.device) for a in (t, noise))
             total += self.model.loss(x, y, t_i, noise_i).sum().item()
-        return total / len(rows)
+        return {"validation_loss": total / len(rows)}
 
-    def preview(self, path, columns=4, steps=20):
+    def preview(self, path, final=False):
         """One row a label, the zero-label last, at the scale the thesis chose."""
+        columns, steps = (6, 50) if final else (4, 20)
         scale = 2.0 if self.settings.p_uncond else 1.0
         picture = label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=scale, progress=False)
         with whole_file(path) as temporary:
             picture.save(temporary)
 
+
+class FirstStageStage(Stage):
+    """The first stage (3.1 to 3.4.1): an auto-encoder and, from `disc_start` on, its adversary."""
+
+    Settings = FirstStage
+    next = "python sample.py --reconstruct IMAGE --run {out}"
+    loss_name = "reconstruction loss: L1 + perceptual (the NLL of 4.4.7)"
+    columns = (
+        *("l1", "perceptual", "latent_loss", "codes_used", "perplexity", "validation_psnr", "validation_psnr_ema"),
+        *("g_loss", "lambda", "disc_loss", "disc_grad_norm", "logit_real", "logit_fake"),
+    )
+
+    def __init__(self, settings):
+        s, device = settings, settings.device
+        super().__init__(s, embedded_letters() if s.data == "letters" else open_paintings(s.data, s.size))
+        self.model = build_first_stage(asdict(s)).to(device)
+        self.discriminator = PatchDiscriminator(s.disc_channels, s.disc_layers).to(device)
+        self.perceptual = load_perceptual(s.perceptual_files).to(device) if s.perceptual else None
+        self.counts = torch.zeros(s.codes, dtype=torch.long, device=device)  # of the codes, since the epoch began
+        self.best_from = s.disc_start if s.adversarial else 0
+        if s.compile:
+            self.model.compile()
+
+    def start(self):
+        """Weights to start from (4.4.7, fine-tuning)."""
+        if self.settings.init:
+            self.model.load_state_dict(load_model(self.settings.init).state_dict())
+            adversary = published_losses(self.settings.init).get("discriminator")
+            if adversary and self.settings.adversarial:
+                load_weights(self.discriminator, adversary, self.settings.init)
+
+    def players(self):
+        adversary = [("disc", self.discriminator, self.discriminator_loss, (0.5, 0.9))] if self.settings.adversarial else []
+        return [("train", self.model, self.loss, (0.9, 0.99)), *adversary]
+
+    def images(self, rows, draw):
+        """Random squares of `crop` pixels from the images `rows`, half of them mirrored with `flip`: (B, 3, crop, crop)."""
+        s = self.settings
+        height, width = self.data.images.shape[1:3]
+        corners = (torch.rand((len(rows), 2), generator=draw) * torch.tensor([height - s.crop + 1, width - s.crop + 1])).int()
+        squares = [self.data.images[row, y : y + s.crop, x : x + s.crop] for row, (y, x) in zip(rows, corners.tolist())]
+        x = to_tensor(np.stack(squares))
+        if s.flip:
+            mirror = torch.rand(len(rows), generator=draw)[:, None, None, None]
+            x = torch.where(mirror < 0.5, x.flip(-1), x)
+        return x.to(s.device, non_blocking=True)
+
+    def noise(self, x, draw):
+        """xi of the reparametrisation; only a VAE uses it."""
+        h, w = (side // self.model.factor for side in x.shape[2:])
+        return torch.randn((len(x), self.model.z_channels, h, w), generator=draw).to(x.device)
+
+    def loss(self, n):
+        """The auto-encoder's loss of update n:  |x - x_r| + perceptual + latent loss + lambda * adversarial  (eq. 3.5)."""
+        s = self.settings
+        draw = rng(s.seed, n, 2)
+        x = self.images(self.rows(n), draw)
+        x_r, latent_loss, codes = self.model(x, self.noise(x, draw))
+        rec = self.reconstruction_loss(x, x_r)
+        loss = rec.mean() + latent_loss
+        self.figures = {"l1": (x_r - x).abs().mean(), "latent_loss": latent_loss}
+        if self.perceptual:
+            self.figures["perceptual"] = rec.mean() - self.figures["l1"]
+        if s.adversarial and n >= s.disc_start:
+            with frozen(self.discriminator):
+                g_loss = generator_loss(self.discriminator(x_r), s.adversarial_loss)
+            weight = adaptive_weight(rec.mean(), g_loss, self.model.decoder.conv_out.weight) if s.adaptive else 1.0
+            loss = loss + s.adversarial * weight * g_loss
+            self.figures |= {"g_loss": g_loss, "lambda": torch.as_tensor(weight)}
+        self.seen = x, x_r.detach()  # what the discriminator gets
+        if codes is not None:
+            self.count(n, codes, x)
+        return loss
+
+    def discriminator_loss(self, n):
+        if n < self.settings.disc_start:
+            return None
+        real, fake = (self.discriminator(x) for x in self.seen)
+        self.figures |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
+        return discriminator_loss(real, fake, self.settings.adversarial_loss)
+
+    def reconstruction_loss(self, x, x_r):
+        """L1 + weight * perceptual, (B,): with Laplace-distributed pixels the NLL up to a constant (E16)."""
+        rec = (x - x_r).abs().mean((1, 2, 3))
+        return rec + self.settings.perceptual * self.perceptual(x, x_r) if self.perceptual else rec
+
+    @torch.no_grad()
+    def count(self, n, codes, x):
+        """At the end of an epoch: how many codes it used; a code it did not use moves to a vector of the last batch."""
+        s = self.settings
+        self.counts += torch.bincount(codes.flatten(), minlength=s.codes)
+        if (n + 1) * s.batch // len(self.train_rows) == n * s.batch // len(self.train_rows):
+            return
+        used, perplexity = code_use(self.counts)
+        self.figures |= {"codes_used": torch.tensor(float(used)), "perplexity": torch.tensor(perplexity)}
+        if s.reseed:
+            dead = torch.nonzero(self.counts == 0)[:, 0]
+            z = self.model.encode(x).permute(0, 2, 3, 1).reshape(-1, s.z_channels)
+            chosen = torch.randint(len(z), (len(dead),), generator=rng(s.seed, n, 4)).to(z.device)
+            self.model.quantize.embedding.weight[dead] = z[chosen]
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def validate(self, most=256, batch=16):
+        """Reconstruction loss and PSNR of fixed squares of the validation images."""
+        s = self.settings
+        rows = np.repeat(self.validation_rows, 4 if s.crop < s.size else 1)
+        rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+        x = self.images(rows, rng(0, 0, 3))
+        total = torch.zeros(2)
+        for part in x.split(batch):
+            x_r = self.model(part)[0]
+            total += torch.stack([self.reconstruction_loss(part, x_r).sum(), psnr(part, x_r).sum()]).cpu()
+        loss, decibel = (total / len(x)).tolist()
+        return {"validation_loss": loss, "validation_psnr": decibel}
+
+    @torch.no_grad()
+    def preview(self, path, final=False):
+        """Figure 4.9: validation images over their reconstructions."""
+        columns = 12 if final else 8
+        rows = self.validation_rows[np.linspace(0, len(self.validation_rows) - 1, 2 * columns).astype(int)]
+        x = self.images(rows, rng(0, 0, 5))
+        pairs = torch.stack([x.view(2, columns, *x.shape[1:]), self.model(x)[0].view(2, columns, *x.shape[1:])], dim=1)
+        picture = grid(to_uint8(pairs.flatten(0, 2)), columns, ["x", "x_r"] * 2, scale=max(1, 128 // x.shape[-1]))
+        with whole_file(path) as temporary:
+            picture.save(temporary)
+
+    def state_dict(self):
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state):
+        self.counts.copy_(state["counts"])
+
+
+@contextlib.contextmanager
+def frozen(network):
+    """Gradients flow through `network` inside this `with`, but not into it: the generator's step leaves nothing behind."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+STAGES = {"letters": LettersStage, "vqgan": FirstStageStage}
 
 # ------------------------------------------------------------------------------------------------------------------
 # Averaged weights, learning rate, log
@@ -316,13 +647,13 @@ def learning_rate(settings, n):
 class Log:
     """log.csv. A resumed run drops the lines past its checkpoint and goes on under a new run number."""
 
-    COLUMNS = ("run", "update", "epoch", "seconds", "lr", "train_loss", "grad_norm", "validation_loss", "validation_loss_ema")
+    COLUMNS = ("run", "update", "epoch", "seconds", "lr", "train_loss", "train_grad_norm", "validation_loss")
 
-    def __init__(self, path, run, start):
-        self.path = path
+    def __init__(self, path, run, start, more=()):
+        self.path, self.columns = path, (*self.COLUMNS, "validation_loss_ema", *more)
         kept = [row for row in self.rows() if int(row["update"]) <= start] if run > 1 else []
         with whole_file(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(kept)
 
@@ -334,10 +665,27 @@ class Log:
     def write(self, row):
         row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.COLUMNS, restval="").writerow(row)
+            csv.DictWriter(file, self.columns, restval="").writerow(row)
 
 
-def draw_losses(log, path):
+class Means:
+    """Averages of named numbers since they were last taken; the device is asked for them only then."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, values):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self):
+        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        self.__init__()
+        return means
+
+
+def draw_losses(log, path, loss_name):
     """5.2: the loss chart, training and validation; interruptions stay visible as gaps."""
     rows = log.rows()
     pieces = [[row for row in rows if row["run"] == run] for run in sorted({row["run"] for row in rows}, key=int)]
@@ -350,7 +698,7 @@ def draw_losses(log, path):
         for column, name in names.items()
     }
     with whole_file(path) as temporary:
-        chart(lines, "Loss", "update", "mean squared error of the prediction").save(temporary)
+        chart(lines, "Loss", "update", loss_name).save(temporary)
 
 
 class Interruption:
@@ -372,52 +720,57 @@ class Interruption:
 
 
 def train(stage_name, typed, resume):
-    out = Path(typed.get("out", STAGES[stage_name].out))
-    saved = (
-        read_checkpoint(out / "checkpoint.pt", {"settings", "update", "run", "seconds", "raw", "ema", "optimizer"})
-        if resume
-        else None
-    )
+    Stage = STAGES[stage_name]
+    out = Path(typed.get("out", Stage.Settings.out))
+    keys = {"settings", "update", "run", "seconds", "best", "players", "ema", "stage"}
+    saved = read_checkpoint(out / "checkpoint.pt", keys) if resume else None
     if not resume and (out / "checkpoint.pt").exists():
         raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
-    settings = restore(stage_name, saved, typed) if saved else STAGES[stage_name](**typed)
+    settings = restore(Stage.Settings, saved, typed) if saved else Stage.Settings(**typed)
     complete(settings)
 
-    stage = LettersStage(settings)
-    model, device = stage.model, settings.device
+    stage = Stage(settings)
+    model = stage.model
+    players = stage.players()  # one, or an auto-encoder and its adversary
+    optimizers = [
+        torch.optim.AdamW(network.parameters(), settings.lr, betas=stage.betas, weight_decay=settings.weight_decay, fused=True)
+        for _, network, _ in players
+    ]
+    start, run, before, best = 0, 1, 0.0, math.inf
+    if not saved:
+        stage.start()
     ema = EMA(model, settings.ema)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), settings.lr, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True
-    )
-    start, run, before = 0, 1, 0.0
     if saved:
-        load_weights(model, saved["raw"], out)
+        for (_, network, *_), optimizer, state in zip(players, optimizers, saved["players"]):
+            load_weights(network, state["weights"], out)
+            optimizer.load_state_dict(state["optimizer"])
         ema.load(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, run, before = saved["update"], saved["run"] + 1, saved["seconds"]
+        stage.load_state_dict(saved["stage"])
+        start, run, before, best = saved["update"], saved["run"] + 1, saved["seconds"], saved["best"]
 
     epoch = len(stage.train_rows) / settings.batch  # updates
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"{size:.1f}M parameters; {settings.updates:,} updates of {settings.batch}, {settings.updates / epoch:.1f} epochs")
-    log = Log(out / "log.csv", run, start)
+    log, means = Log(out / "log.csv", run, start, stage.columns), Means()
     autocast = mixed_precision(settings)
-    sums, count = torch.zeros(2, device=device), 0  # of loss and gradient norm since the last line of the log
     clock = time.perf_counter() - before
     stop = Interruption()
     bar = tqdm(total=settings.updates, initial=start, unit="update", smoothing=0.05, disable=None)
 
     for n in range(start, settings.updates):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, n)
-        with autocast:
-            loss = stage.loss(n)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        for (name, network, loss_of, _), optimizer in zip(players, optimizers):
+            optimizer.param_groups[0]["lr"] = learning_rate(settings, n)
+            with autocast:
+                loss = loss_of(n)
+            if loss is None:
+                continue
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            means.add({f"{name}_loss": loss, f"{name}_grad_norm": norm})
         ema.update(n + 1)
-        sums += torch.stack([loss.detach(), norm.detach()])
-        count += 1
+        means.add(stage.figures)
         bar.update()
 
         done = n + 1
@@ -427,35 +780,37 @@ def train(stage_name, typed, resume):
         validate = not stopping and (last or done % settings.validate_every == 0)
         if not (save or validate or done % 10 == 0):
             continue
-        train_loss, grad_norm = (sums / count).tolist()
-        sums, count = torch.zeros_like(sums), 0
-        if not math.isfinite(train_loss + grad_norm):
+        row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n), **means.take()}
+        if not all(map(math.isfinite, row.values())):
             bar.close()
             raise UserError(
                 f"the loss or its gradient is no longer finite at update {done}; stopped without saving, "
                 f"earlier checkpoints are untouched. Try a smaller --lr or --precision float32"
             )
         images = (bar.format_dict["rate"] or 0) * settings.batch
-        bar.set_postfix_str(f"loss {train_loss:.4f}, {images:.0f} images/s")
-        row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n)}
-        row |= {"train_loss": train_loss, "grad_norm": grad_norm}
+        bar.set_postfix_str(f"loss {row['train_loss']:.4f}, {images:.0f} images/s")
         with autocast:
             if validate:
-                row["validation_loss"] = stage.validate()
+                row |= stage.validate()
                 with ema.averaged():
-                    row["validation_loss_ema"] = stage.validate()
+                    row |= {f"{name}_ema": value for name, value in stage.validate().items()}
             if done % settings.preview_every == 0 and not last:
                 stage.preview(out / f"preview_{done:06d}_raw.png")
                 with ema.averaged():
                     stage.preview(out / f"preview_{done:06d}.png")
         seconds = time.perf_counter() - clock
         log.write({"run": run, "seconds": seconds, **row})
+        weights = {"raw": model.state_dict(), "ema": model.state_dict() | ema.state_dict()}
+        if validate and stage.best_from is not None and done >= stage.best_from and row["validation_loss_ema"] < best:
+            best = row["validation_loss_ema"]
+            save_model(out / "best.pt", stage_name, asdict(settings), stage.classes, done, weights)
         if save:
-            weights = {"raw": model.state_dict(), "ema": ema.state_dict()}
-            state = {"update": done, "run": run, "seconds": seconds, "optimizer": optimizer.state_dict(), **weights}
-            write_checkpoint(out / "checkpoint.pt", {"settings": asdict(settings), **state})
+            state = [{"weights": p[1].state_dict(), "optimizer": o.state_dict()} for p, o in zip(players, optimizers)]
+            progress = {"update": done, "run": run, "seconds": seconds, "best": best}
+            content = {"settings": asdict(settings), **progress, "players": state, "ema": ema.state_dict()}
+            write_checkpoint(out / "checkpoint.pt", content | {"stage": stage.state_dict()})
             save_model(out / "model.pt", stage_name, asdict(settings), stage.classes, done, weights)
-            draw_losses(log, out / "loss.png")
+            draw_losses(log, out / "loss.png", stage.loss_name)
         if stopping:
             bar.close()
             print(f"stopped after update {done} and saved; to go on: {resume_command(stage_name, out)}")
@@ -463,25 +818,25 @@ def train(stage_name, typed, resume):
 
     bar.close()
     with autocast, ema.averaged():
-        stage.preview(out / "grid.png", columns=6, steps=50)
-    print(f"{out / 'grid.png'} shows every label; next: python sample.py --run {out} --text HELLO")
+        stage.preview(out / "grid.png", final=True)
+    print(f"{out / 'grid.png'} shows what the model can do; next: {stage.next.format(out=out)}")
 
 
-def restore(stage_name, saved, typed):
+def restore(Settings, saved, typed):
     """The settings of a saved run; of what was typed, only fields marked `resume` may differ."""
-    settings = STAGES[stage_name](**saved["settings"])
+    settings = Settings(**saved["settings"])
     for f in fields(settings):
         value = typed.get(f.name, getattr(settings, f.name))
         value = tuple(value) if isinstance(value, list) else value
         if value != getattr(settings, f.name) and not f.metadata.get("resume"):
-            name = "--" + f.name.replace("_", "-")
-            raise UserError(f"{name} was {getattr(settings, f.name)} when this run began; another value needs a new --out DIR")
+            old = getattr(settings, f.name)
+            raise UserError(f"{option(f.name)} was {old} when this run began; another value needs a new --out DIR")
         setattr(settings, f.name, value)
     return settings
 
 
 def resume_command(stage_name, out):
-    where = "" if str(out) == STAGES[stage_name].out else f" --out {out}"
+    where = "" if str(out) == STAGES[stage_name].Settings.out else f" --out {out}"
     return f"python train.py --stage {stage_name} --resume{where}"
 
 
