@@ -137,7 +137,7 @@ def rgb_to_lab(rgb):
 
         L = 116 f(Y) - 16,   a = 500 (f(X) - f(Y)),   b = 200 (f(Y) - f(Z)),   f(t) = t^(1/3), a straight line below (6/29)^3
 
-    rgb: (..., 3), uint8 or float, 0 to 255. Returns (..., 3): float32 for uint8 and float32, else float64. L runs from 0 to 100.
+    rgb: (..., 3), uint8 or float, 0 to 255. Returns (..., 3): float32 for uint8 and float32, else float64.
     """
     rgb = np.asarray(rgb)
     if rgb.dtype == np.uint8:
