@@ -8,6 +8,7 @@ A set of images is packed once into a uint8 memory map; training then reads batc
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import json
 import multiprocessing
@@ -15,14 +16,24 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+import time
+import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks between processes
+    fcntl = None
 
 ASSETS = Path(__file__).parent / "assets"
 ALPHABET = [chr(ord("A") + i) for i in range(26)]
@@ -112,18 +123,101 @@ def crop_and_resize(image, size):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Colours: the eight labels, sRGB <-> CIE-LAB, the nearest label
+# ------------------------------------------------------------------------------------------------------------------
+
+# Table 4.1: the labels in its order, 0 to 7. It gives no RGB values: these are CSS's for the names (E38).
+COLOURS = {
+    "orange": (255, 165, 0),
+    "green": (0, 128, 0),
+    "blue": (0, 0, 255),
+    "purple": (128, 0, 128),
+    "yellow": (255, 255, 0),
+    "red": (255, 0, 0),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+}
+TABLE_4_1 = (2586, 2493, 388, 4098, 142, 647, 3531, 5889)  # the thesis's images of every label, 19,774 in all (E36)
+# IEC 61966-2-1: linear sRGB -> XYZ for the white point D65, which is the image of (1, 1, 1)
+RGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+D65 = RGB_TO_XYZ.sum(1)
+DELTA = 6 / 29  # where CIE's cube root gives way to a straight line
+
+
+def rgb_to_lab(rgb):
+    """4.2.2, step 1:  sRGB -> linear -> XYZ / D65 -> CIE-LAB (E39 fills in gamma and white point).
+
+        L = 116 f(Y) - 16,   a = 500 (f(X) - f(Y)),   b = 200 (f(Y) - f(Z)),   f(t) = t^(1/3), a straight line below (6/29)^3
+
+    rgb: (..., 3), uint8 or float, 0 to 255. Returns (..., 3): float32 for uint8 and float32, else float64.
+    """
+    rgb = np.asarray(rgb)
+    if rgb.dtype == np.uint8:
+        linear = srgb_to_linear(np.arange(256, dtype=np.float32) / 255)[rgb]
+    else:
+        linear = srgb_to_linear(rgb.astype(np.float32 if rgb.dtype == np.float32 else np.float64) / 255)
+    t = linear @ (RGB_TO_XYZ / D65[:, None]).T.astype(linear.dtype)
+    f = np.cbrt(np.maximum(t, DELTA**3)) + (np.minimum(t, DELTA**3) - DELTA**3) / (3 * DELTA**2)
+    return f @ np.array([[0, 116, 0], [500, -500, 0], [0, 200, -200]], f.dtype).T - np.array([16, 0, 0], f.dtype)
+
+
+def lab_to_rgb(lab):
+    """Inverse of `rgb_to_lab`, clipped to what a screen shows: (..., 3) -> (..., 3) float, 0 to 255."""
+    lab = np.asarray(lab) * 1.0
+    f = (lab[..., :1] + 16) / 116 + lab[..., 1:2] * (0.002, 0, 0) - lab[..., 2:] * (0, 0, 0.005)
+    t = np.maximum(f, DELTA) ** 3 + (np.minimum(f, DELTA) - DELTA) * 3 * DELTA**2
+    linear = (t * D65) @ np.linalg.inv(RGB_TO_XYZ).T
+    return 255 * linear_to_srgb(np.clip(linear, 0, 1))
+
+
+def srgb_to_linear(u):
+    """IEC 61966-2-1:  u / 12.92 up to 0.04045, ((u + 0.055) / 1.055)^2.4 above; 0 to 1."""
+    return np.where(u <= 0.04045, u / 12.92, ((np.maximum(u, 0) + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(v):
+    return np.where(v <= 0.0031308, 12.92 * v, 1.055 * np.maximum(v, 0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def mean_colour(images, space="rgb"):
+    """4.2.2:  the mean over the pixels; in space "lab" pixels are converted first and then averaged, as printed (E39).
+
+    images: (..., H, W, 3) uint8. Returns (..., 3) float64 in that space.
+    """
+    values = rgb_to_lab(images) if space == "lab" else np.asarray(images)
+    return values.mean((-3, -2), dtype=np.float64)
+
+
+def nearest_colour(colours, space="rgb", palette=COLOURS):
+    """4.2.2:  argmin_k |c - c_k|, the number of the label colour nearest to c, by Euclidean distance in the given space.
+
+    colours: (..., 3) in that space, such as `mean_colour` returns. Returns (...) int64; the first of equally near ones.
+    """
+    return label_distances(colours, space, palette).argmin(-1)
+
+
+def label_distances(colours, space="rgb", palette=COLOURS):
+    """Distances of colours (..., 3) to every label colour: (..., K). In LAB this is Delta-E 76."""
+    labels = np.array(list(palette.values()), np.float64)
+    labels = rgb_to_lab(labels) if space == "lab" else labels
+    return np.linalg.norm(np.asarray(colours)[..., None, :] - labels, axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Sets of images with labels
 # ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class ImageSet:
-    """images (N, H, W, C) uint8, C = 1 or 3, often a memory map; labels (N,); sources (N,): the font an image comes from."""
+    """images (N, H, W, C) uint8, C = 1 or 3, often a memory map; labels (N,); sources (N,): what an image comes from, a font
+    or a painting; classes: the names of the labels."""
 
     images: np.ndarray
     labels: np.ndarray
     sources: np.ndarray
     classes: list[str]
+    note: str = ""  # where the images come from, or which files were left out, for the report
 
     def batch(self, index, device="cpu"):
         """Images and labels of the rows `index`, an integer array: x (B, 3, H, W) in [-1, 1], y (B,), on `device`."""
@@ -153,7 +247,35 @@ class ImageSet:
             lines.append(f"  {counts[0]:,} a class: " + " ".join(self.classes))
         else:
             lines.append("  " + "  ".join(f"{name} {count:,}" for name, count in zip(self.classes, counts)))
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {self.note}"] * bool(self.note))
+
+
+class Paintings(ImageSet):
+    """A set of images whose labels are the colours of table 4.1."""
+
+    def split(self, share=0.05, seed=0):
+        """E68: rows for training and for validation, seeded: `share` of every label, at least one image of it, whole sources.
+
+        The rarest label is served first. Where sources are many images each, a label may give up to twice its share, and
+        always keeps most of its images to train on; a label of a single source then has nothing to validate with.
+        """
+        sources, source = np.unique(self.sources, return_inverse=True)
+        counts = np.zeros((len(sources), len(self.classes)), np.int64)  # images of every source and label
+        np.add.at(counts, (source, self.labels), 1)
+        order = np.random.default_rng(seed).permutation(len(sources))
+        total = counts.sum(0)
+        wanted = np.where(total > 1, np.maximum(1, np.rint(share * total)), 0)
+        most = np.minimum(np.maximum(1, 2 * wanted), total // 2)
+        held_out, held = [], np.zeros_like(total)
+        for label in np.argsort(total, kind="stable"):
+            for i in order[counts[order, label] > 0]:
+                if held[label] >= wanted[label]:
+                    break
+                if (held + counts[i] <= most).all() and i not in held_out:
+                    held_out.append(i)
+                    held += counts[i]
+        validates = np.isin(source, held_out)
+        return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 
 def open_letters(path=None):
@@ -174,8 +296,72 @@ def embedded_letters():
     return ImageSet(images, np.tile(np.arange(26), fonts), np.repeat(np.arange(fonts), 26), ALPHABET)
 
 
+def open_paintings(path=None, size=256):
+    """The training set of the first stage and of the latent model (4.2.2), size x size, labels in the order of table 4.1.
+
+    path: None for pictures of the embedded painter, painted once and kept in the user's cache; or a folder of images, nested
+    or flat: labels are those of its folders if these are named after the colours, else the nearest colours in RGB. A
+    `SOURCES.csv` in it (columns file, source) says which images must not be parted by the split; without one, images of the
+    same file name are one source. Packed on first use, see `pack_paintings`; or a folder that `python data.py paintings` has
+    packed. Raises UserError for a path that holds no such set.
+    """
+    if path is None:
+        painted = paint_set(Path.home() / ".cache" / "color-diffusion" / f"painted.packed{size}", size)
+        painted.note = "painted by data.py, as there is no --data; see it with python data.py paintings"
+        return painted
+    root = Path(path).resolve()
+    if not root.is_dir():
+        raise UserError(f"{path}: no such folder; expected a folder of images, or one that python data.py paintings has packed")
+    if (root / "set.json").exists():
+        return read_packed(root, size)
+    return pack_paintings(root, packed_folder(root, size), size)
+
+
 # ------------------------------------------------------------------------------------------------------------------
-# Packing: any tree or npz -> images.npy, labels.npy, sources.npy, set.json
+# Which rows an update sees: functions of (seed, n), the same in every process
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def rng(*key):
+    """A CPU generator that is a function of `key`, whole numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+@lru_cache(maxsize=64)
+def permutation(n, *key):
+    return torch.randperm(n, generator=rng(*key)).numpy()
+
+
+def rows_of_update(seed, n, batch, size):
+    """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch.
+
+    With several processes, `batch` is that of all together and process r of R takes rows[r::R].
+    """
+    position = np.arange(n * batch, (n + 1) * batch)
+    return np.concatenate(
+        [permutation(size, seed, e, 1)[position[position // size == e] % size] for e in np.unique(position // size)]
+    )
+
+
+def balanced_rows_of_update(seed, n, batch, labels):
+    """4.2.2, against the un-balancing: like `rows_of_update`, but every label is seen equally often, however rare it is.
+
+    Labels take turns, so a batch has equal shares as far as its size allows; each goes through permutations of its own
+    images, so none returns before all of its label were seen. labels: (N,), of the images to draw from.
+    """
+    present = np.unique(labels)
+    position = np.arange(n * batch, (n + 1) * batch)
+    rows = np.empty(batch, np.int64)
+    for k, label in enumerate(present):
+        members = np.flatnonzero(labels == label)
+        turn = position % len(present) == k
+        epoch, draw = np.divmod(position[turn] // len(present), len(members))
+        rows[turn] = [members[permutation(len(members), seed, int(e), 4, k)[d]] for e, d in zip(epoch, draw)]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Packing: any images -> images.npy, labels.npy, sources.npy, set.json, and files.csv, which says what became of every file
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -188,13 +374,146 @@ def open_packed(path, size):
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     root = path.resolve() if path.is_file() else class_root(path.resolve())
-    state = {"size": size, "files": source_state(root)}
     folder = packed_folder(root, size)
+    pack_once(folder, {"size": size, "files": source_state(root)}, partial(pack_classes, root))
+    return read_packed(folder, size)
+
+
+def pack_once(folder, state, pack):
+    """Call pack(folder, state) unless `folder` holds that set. Of several processes of a machine one does; the others wait."""
+    if packed_state(folder) != state:
+        with locked(folder):
+            if packed_state(folder) != state:
+                pack(folder, state)
+
+
+def packed_state(folder):
     about = folder / "set.json"
-    if not about.exists() or json.loads(about.read_text())["state"] != state:
-        pack(root, size, state, folder)
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
-    return ImageSet(*arrays, json.loads(about.read_text())["classes"])
+    return json.loads(about.read_text())["state"] if about.exists() else None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    if fcntl is None:
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / f"color-diffusion-{os.getuid()}-{key}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_packed(folder, size):
+    """The packed set in `folder` over memory maps: Paintings if its labels are a palette's."""
+    try:
+        about = json.loads((folder / "set.json").read_text())
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
+        kind = Paintings if "palette" in about["state"] else ImageSet
+        packed = kind(*arrays, about["classes"], about["note"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: a packed set that cannot be read ({error}); remove it and pack again") from error
+    if packed.images.shape[1] != size:
+        raise UserError(f"{folder}: packed at {packed.images.shape[1]} pixels, not {size}; pack it again with --size {size}")
+    return packed
+
+
+def pack(folder, state, classes, shape, files, sources, results, verb="packing"):
+    """Write a packed set to `folder`, whole or not at all. After an interruption the same call goes on where it stopped.
+
+    shape: of an image; files, sources: one name each for every file, or for every image where there are no files;
+    results: function start -> iterator over the files from `start` on, giving (image, label) or (None, why it is rejected).
+    """
+    growing = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        if not (growing / "state.json").exists() or json.loads((growing / "state.json").read_text()) != state:
+            if growing.exists():
+                _remove(growing)
+            growing.mkdir(parents=True)
+            (growing / "images.npy").touch()
+            (growing / "results.txt").touch()
+            (growing / "state.json").write_text(json.dumps(state))
+        found = grow(growing, shape, f"{verb} {folder.name}", len(files), results)
+        kept = np.array([isinstance(result, int) for result in found])
+        reasons = Counter(result.partition(":")[0] for result in found if isinstance(result, str))
+        note = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        if not kept.any():
+            raise UserError(f"{folder}: nothing to pack, all of {len(files):,} files were rejected: {note}")
+        rows = iter(range(len(found)))
+        with (growing / "files.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(("file", "source", "row", "label", "rejected"))
+            for name, source, result in zip(files, sources, found):
+                what = (next(rows), classes[result], "") if isinstance(result, int) else ("", "", result)
+                table.writerow((name, source, *what))
+        np.save(growing / "labels.npy", np.array([result for result in found if isinstance(result, int)], np.int64))
+        np.save(growing / "sources.npy", np.unique(sources, return_inverse=True)[1][kept])
+        note = note and f"{len(found) - kept.sum():,} of {len(found):,} files rejected: {note} ({folder / 'files.csv'})"
+        (growing / "set.json").write_text(json.dumps({"classes": list(classes), "note": note, "state": state}))
+        if folder.exists():
+            _remove(folder)
+        os.replace(growing, folder)
+    except UserError:
+        _remove(growing)
+        raise
+    except OSError as error:  # a full disk, above all
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; the same command goes on from here") from error
+
+
+def grow(folder, shape, name, count, results):
+    """Append to folder/images.npy and results.txt until all `count` results are there; returns them.
+
+    A result is noted only when its image is safely on the disk, so neither a kill nor a power cut can part the two.
+    """
+    with (folder / "images.npy").open("r+b") as images, (folder / "results.txt").open("r+") as journal:
+        whole_lines = [line for line in journal if line.endswith("\n")]
+        found = [json.loads(line) for line in whole_lines]
+        journal.seek(0)
+        journal.truncate(sum(map(len, whole_lines)))
+        journal.seek(0, os.SEEK_END)
+        npy_header(images, 0, shape)
+        images.truncate(images.tell() + np.prod(shape) * sum(isinstance(result, int) for result in found))
+        images.seek(0, os.SEEK_END)
+        noted, clock = len(found), time.monotonic()
+
+        def note():
+            images.flush()
+            os.fsync(images.fileno())
+            journal.writelines(json.dumps(result) + "\n" for result in found[noted:])
+            journal.flush()
+            return len(found), time.monotonic()
+
+        with tqdm(total=count, initial=noted, desc=name, unit="image", disable=None) as bar:
+            try:
+                for image, result in results(noted):
+                    if image is not None:
+                        images.write(image.tobytes())
+                    found.append(result)
+                    bar.update()
+                    if time.monotonic() > clock + 1:
+                        noted, clock = note()
+            finally:
+                note()
+        npy_header(images, sum(isinstance(result, int) for result in found), shape)
+    return found
+
+
+def npy_header(file, count, shape):
+    """(Re)write the header of an .npy file of `count` uint8 arrays; numpy leaves room for the count to grow in place."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
+
+
+def in_processes(function, tasks, least, processes=None):
+    """map(function, tasks) over processes, in order; with fewer than `least` in this one, as starting them takes longer."""
+    if len(tasks) < least or processes == 1:
+        yield from map(function, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=_ignore_interrupts) as pool:
+        yield from pool.imap(function, tasks, chunksize=max(1, least // 16))
+
+
+def _ignore_interrupts():  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def packed_folder(root, size):
@@ -234,24 +553,15 @@ def source_state(root):
     return [[folder.name, folder.stat().st_mtime_ns] for folder in subfolders(root)]
 
 
-def pack(root, size, state, folder):
-    """Decode every image once and write the packed set to `folder`, whole or not at all."""
-    classes, names, labels, count, images = read_npz(root) if root.is_file() else read_tree(root)
+def pack_classes(root, folder, state):
+    """Pack a tree of class folders, or an .npz."""
+    classes, files, labels, sources, channels, images = (read_npz if root.is_file() else read_tree)(root, state["size"])
     check_alphabet(root, classes)
-    with whole_file(folder) as temporary:
-        temporary.mkdir()
-        # written in order, not through a map: a full disk is then an error that can be reported
-        with (temporary / "images.npy").open("wb") as file:
-            for i, image in enumerate(tqdm(images(size), f"packing {root.name}", count, unit="image", disable=None)):
-                if i == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(image.tobytes())
-        np.save(temporary / "labels.npy", np.asarray(labels, np.int64))
-        np.save(temporary / "sources.npy", sources_of(names, labels))
-        (temporary / "set.json").write_text(json.dumps({"classes": classes, "state": state}))
-        if folder.exists():
-            shutil.rmtree(folder)
+
+    def results(start):
+        return zip(images(start), labels[start:].tolist())
+
+    pack(folder, state, classes, (state["size"], state["size"], channels), files, sources, results)
 
 
 def check_alphabet(root, classes):
@@ -279,8 +589,8 @@ def sources_of(names, labels):
     return sources
 
 
-def read_tree(root):
-    """A folder of class folders -> (classes, file names, labels, count, function size -> iterator of arrays)."""
+def read_tree(root, size):
+    """A folder of class folders -> (classes, files, labels, sources, channels, function start -> iterator of arrays)."""
     classes, files, labels, firsts = [], [], [], []
     for folder in subfolders(root):
         inside = sorted(file for file in folder.iterdir() if is_image(file))
@@ -290,26 +600,10 @@ def read_tree(root):
         classes.append(folder.name)
         files += inside
         firsts.append(inside[0])
-    mode = "L" if all(open_image(file).mode in ("1", "L", "LA", "I;16") for file in firsts) else "RGB"
-
-    def images(size):
-        tasks = ((file, size, mode) for file in files)
-        if len(files) < 2000:  # starting processes would take longer
-            yield from map(_load, tasks)
-            return
-        with multiprocessing.get_context("spawn").Pool(initializer=_ignore_interrupts) as pool:
-            yield from pool.imap(_load, tasks, chunksize=256)
-
-    return classes, [file.stem for file in files], labels, len(files), images
-
-
-def _ignore_interrupts():  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _load(task):
-    file, size, mode = task
-    return load_image(file, size, mode)
+    grey = all(open_image(file).mode in ("1", "L", "LA", "I;16") for file in firsts)
+    load = partial(load_image, size=size, mode="L" if grey else "RGB")
+    names, sources = [file.relative_to(root) for file in files], sources_of([file.stem for file in files], labels)
+    return classes, names, np.array(labels), sources, 1 if grey else 3, lambda start: in_processes(load, files[start:], 2000)
 
 
 def open_image(file):
@@ -328,7 +622,7 @@ def load_image(file, size, mode="RGB"):
     return np.asarray(image).reshape(size, size, -1)
 
 
-def read_npz(path):
+def read_npz(path, size):
     """An .npz with `images` (N, H, W) or (N, H, W, C) uint8 and `labels` (N,), as `read_tree` returns it."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -350,14 +644,470 @@ def read_npz(path):
         classes = [ALPHABET[value] for value in values]
     array = array.reshape(*array.shape[:3], -1)
 
-    def images(size):
-        for image in array:
-            same = image.shape[:2] == (size, size)
-            yield (
-                image if same else np.asarray(crop_and_resize(Image.fromarray(image.squeeze()), size)).reshape(size, size, -1)
-            )
+    def images(start):
+        for image in array[start:]:
+            if image.shape[:2] != (size, size):
+                image = np.asarray(crop_and_resize(Image.fromarray(image.squeeze()), size)).reshape(size, size, -1)
+            yield image
 
-    return classes, None, numbers, len(array), images
+    return classes, range(len(array)), numbers, sources_of(None, numbers), array.shape[-1], images
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Paintings: any folder of images -> a packed set with colour labels
+# ------------------------------------------------------------------------------------------------------------------
+
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: above, Pillow takes a file for a decompression bomb, and so do we
+
+
+def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=None):
+    """4.2.2, 4.2.3: decode, crop, resize, reject and label every image below `root`; write the packed set to `folder`, once.
+
+    files.csv in `folder` has every file's label, or why it was rejected. One bad file stops nothing; an interrupted call goes
+    on when it is repeated. The set counts as changed when a file is added to or removed from its folders, or SOURCES.csv is
+    edited. processes: None = one a core. Returns the set; raises UserError where there is nothing to pack.
+    """
+    tree = [(path, names) for path, _, names in walk(root)]
+    dates = [path for path, _ in tree] + [root / "SOURCES.csv"] * (root / "SOURCES.csv").exists()
+    dates = sorted([str(path.relative_to(root)), path.stat().st_mtime_ns] for path in dates)
+    state = {"size": size, "space": space, "palette": {name: list(rgb) for name, rgb in palette.items()}, "files": dates}
+
+    def pack_tree(folder, state):
+        files = sorted((path / name).relative_to(root) for path, names in tree for name in names)
+        if not files:
+            raise UserError(f"{root}: no images in it or below it (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
+        tasks = [(root / file, label) for file, label in zip(files, folder_labels(root, files, palette))]
+        read = partial(read_painting, size=size, space=space, palette=palette)
+
+        def results(start):
+            return in_processes(read, tasks[start:], 256, processes)
+
+        pack(folder, state, list(palette), (size, size, 3), files, source_names(root, files), results)
+
+    pack_once(folder, state, pack_tree)
+    return read_packed(folder, size)
+
+
+def walk(root):
+    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders."""
+    for path, folders, files in os.walk(root):
+        inside = {folder.name for folder in subfolders(Path(path))}
+        folders[:] = [name for name in folders if name in inside]
+        yield Path(path), folders, [name for name in files if is_image(Path(name))]
+
+
+def folder_labels(root, files, palette):
+    """The labels of a labelled tree: numbers in the order of the palette, whatever the alphabet says (E40); else all None."""
+    numbers = {name.lower(): number for number, name in enumerate(palette)}
+    labels = [next((numbers[part.lower()] for part in file.parts[:-1] if part.lower() in numbers), None) for file in files]
+    if None in labels and len(set(labels)) > 2:
+        odd = files[labels.index(None)]
+        raise UserError(
+            f"{root}: folders are named after colours, but {odd} is in none of them; move it, or rename the folders"
+        )
+    return [None] * len(files) if None in labels else labels
+
+
+def source_names(root, files):
+    """What every file comes from: its `source` in SOURCES.csv, looked up by path or name; without a row, its own name.
+
+    So a painting that is in two folders under the same name, as WikiArt has them, is one source.
+    """
+    known = {}
+    if (root / "SOURCES.csv").exists():
+        with (root / "SOURCES.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        if rows and not {"file", "source"} <= rows[0].keys():
+            raise UserError(f"{root / 'SOURCES.csv'}: expected the columns file and source, found {', '.join(rows[0])}")
+        known = {row["file"]: row["source"] for row in rows}
+    return [known.get(file.as_posix(), known.get(file.name, file.stem)) for file in files]
+
+
+def read_painting(task, size, space="rgb", palette=COLOURS):
+    """One file as a uint8 array (size, size, 3) with its label, or (None, why it is rejected). task: (file, label or None)."""
+    file, label = task
+    try:
+        image = decode(file, size)
+    except UserError as error:
+        return None, str(error)
+    except Exception as error:  # damaged files raise whatever the decoder stumbles on; none may stop the job
+        return None, f"damaged: {error}"
+    if is_plain(image):
+        return None, "plain"
+    image = np.asarray(image)
+    return image, int(nearest_colour(mean_colour(image, space), space, palette)) if label is None else label
+
+
+def decode(file, size):
+    """The centre of an image file of any kind as an 8-bit RGB Pillow image, size x size. UserError: why it is rejected.
+
+    Cameras' rotation is applied, transparent pixels lie on white paper, 16-bit values are scaled. JPEGs far larger than
+    needed are decoded at an eighth to a half of their size.
+    """
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")  # large but not too large, odd metadata
+        try:
+            image = stack.enter_context(Image.open(file))
+        except Image.DecompressionBombError:
+            raise UserError(f"too large: more than {MOST_PIXELS:,} pixels") from None
+        except UnidentifiedImageError:
+            raise UserError("empty file" if file.stat().st_size == 0 else "not an image") from None
+        if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
+            raise UserError(f"animated: {image.n_frames} frames")
+        image.draft(None, (2 * size, 2 * size))
+        if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+            raise UserError("32-bit pixels: which value is white is not known")
+        if image.mode.startswith("I"):
+            image = Image.fromarray(np.rint(np.asarray(image) * (255 / 65535)).astype(np.uint8))
+        if image.has_transparency_data:
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
+        return crop_and_resize(ImageOps.exif_transpose(image).convert("RGB"), size)
+
+
+def is_plain(image):
+    """4.2.2: "images that portray only one plain color". At 64 x 64, in LAB, with Delta-E 76:
+
+        standard deviation over all three axes < 5,   or   Delta-E to the median colour < 6 for more than 95 % of the pixels
+
+    Survives noise, vignettes, the texture of a canvas (first half) and a small signature (second half).
+    """
+    lab = rgb_to_lab(np.asarray(image.resize((64, 64), Image.Resampling.BOX))).reshape(-1, 3)
+    deviation = np.sqrt(lab.var(0).sum())
+    return bool(deviation < 5 or (np.linalg.norm(lab - np.median(lab, 0), axis=1) < 6).mean() > 0.95)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The embedded painter: abstract pictures dominated by a colour, for those who have no paintings at hand
+# ------------------------------------------------------------------------------------------------------------------
+
+PAINTER = 1  # to be raised when its pictures change: kept ones are then painted anew
+PIGMENTS = {
+    "ivory black": (28, 26, 30), "titanium white": (248, 245, 236), "raw umber": (93, 66, 46), "burnt sienna": (150, 62, 26),
+    "yellow ochre": (204, 153, 51), "cadmium yellow": (255, 222, 40), "cadmium orange": (238, 118, 24),
+    "vermilion": (224, 58, 44), "alizarin": (140, 22, 48), "rose": (232, 150, 158), "ultramarine": (30, 40, 138), "cobalt": (0, 88, 180),
+    "cerulean": (92, 170, 214), "turquoise": (60, 176, 164), "viridian": (24, 104, 84), "sap green": (120, 150, 50),
+    "dioxazine violet": (84, 38, 116), "lilac": (188, 164, 208), "naples yellow": (250, 216, 156), "warm grey": (146, 138, 130),
+}  # fmt: skip
+
+
+def paint(seed, label, size=256):
+    """An abstract picture whose mean colour is nearest to that of `label`, a number: (size, size, 3) uint8.
+
+    A function of its arguments: a composition, drawn by lot, of a few strokes in mixtures of that colour and a few accents.
+    """
+    rng = np.random.default_rng([seed, label])
+    easel = Easel(rng, size * 3 // 2, list(COLOURS.values())[label])
+    composition = COMPOSITIONS[rng.integers(len(COMPOSITIONS))]
+    composition(easel)
+    upright = composition in (soft_fields, zips)
+    angle = rng.normal(0, 0.06) + rng.integers(4) * np.pi / 2 if upright else rng.uniform(0, 2 * np.pi)
+    c, s, n = np.cos(angle), np.sin(angle), easel.n
+    side = n / (abs(c) + abs(s)) * rng.uniform(0.8, 1)  # the largest square so turned, and a little closer
+    k, left, top = side / size, (n - side * (c - s)) / 2, (n - side * (s + c)) / 2
+    affine = (k * c, -k * s, left, k * s, k * c, top)
+    picture = Image.fromarray(easel.finished())
+    picture = picture.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+    return glaze(np.asarray(picture), label)
+
+
+def smooth(low, high, t):
+    """0 below `low`, 1 above `high`, smooth between."""
+    t = np.clip((t - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+class Easel:
+    """A canvas of n x n pixels, the colours for it and the strokes. x and y run from -1 to 1; `paint` is RGB and a relief."""
+
+    def __init__(self, rng, n, colour):
+        self.rng, self.n = rng, n
+        self.y, self.x = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
+        self.paint = np.zeros((n, n, 4), np.float32)
+        # mixtures: darker and lighter, each with a touch of some pigment; accents: pigments, rather far from the colour
+        colour, pigments = np.array(colour, np.float32), np.array(list(PIGMENTS.values()), np.float32)
+        darkest = 0.55 - 0.4 * colour @ (0.2, 0.6, 0.2) / 255
+        steps = rng.permutation(np.linspace(-darkest, 0.6, 6) + rng.uniform(-0.1, 0.1, 6))[:, None].astype(np.float32)
+        shades = colour + np.abs(steps) * (np.where(steps < 0, 0, 255) - colour)
+        self.mixtures = shades + rng.uniform(0, 0.3, (6, 1)).astype(np.float32) * (rng.choice(pigments, 6) - shades)
+        distance = label_distances(rgb_to_lab(pigments), "lab", {"": colour})[:, 0]
+        self.accents = rng.choice(pigments, rng.integers(2, 5), replace=False, p=distance / distance.sum())
+
+    def colour(self, accent=0.3):
+        """An accent with that probability, else something between two mixtures."""
+        if self.rng.uniform() < accent:
+            return self.rng.choice(self.accents)
+        a, b = self.rng.choice(self.mixtures, 2)
+        return a + (b - a) * self.rng.uniform()
+
+    def noise(self, across, down=None, shape=None):
+        """Smooth noise, about 0 to 1, of so many cells; on the whole canvas or an array of `shape`."""
+        height, width = shape or (self.n, self.n)
+        across, down = int(across), int(down or across)
+        small = Image.fromarray(self.rng.uniform(0, 1, (down + 2, across + 2)).astype(np.float32))
+        box = (0.5, 0.5, across + 1.5, down + 1.5)
+        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC, box))
+
+    def cloud(self, cells, octaves=4):
+        return sum(self.noise(cells << k) * 0.5**k for k in range(octaves)) / (2 - 0.5 ** (octaves - 1))
+
+    def ramp(self, t, colours):
+        """The colours along t, 0 to 1."""
+        places = np.linspace(0, len(colours) - 1, 256)
+        table = np.stack([np.interp(places, range(len(colours)), channel) for channel in np.transpose(colours)], 1)
+        return table.astype(np.float32)[np.clip(t * 255, 0, 255).astype(np.uint8)]
+
+    def window(self, left, top, right, bottom):
+        a, b, c, d = (int(np.clip((v + 1) / 2 * self.n, 0, self.n)) for v in (top, bottom + 0.02, left, right + 0.02))
+        return slice(a, b), slice(c, d)
+
+    def lay(self, colour, alpha, relief, window=(slice(None), slice(None))):
+        """Paint over what is in the window; an alpha of 1 covers it."""
+        under = self.paint[window]
+        under[..., :3] += alpha[..., None] * (colour - under[..., :3])
+        under[..., 3] += alpha * (relief - under[..., 3])
+
+    def ground(self, contrast=1.0):
+        """A brushed ground: streaks in one direction over clouds."""
+        r = self.rng
+        streak = 0.6 * self.noise(r.integers(2, 9), r.integers(40, 110)) + 0.4 * self.noise(
+            r.integers(1, 4), r.integers(10, 40)
+        )
+        t = 0.5 + contrast * (r.uniform(0.5, 1.8) * (self.cloud(2, 3) - 0.5) + r.uniform(0.3, 1) * (streak - 0.5))
+        self.lay(self.ramp(t, r.permutation(self.mixtures)[:4]), np.ones_like(t), streak)
+
+    def stroke(self, x, y, radius, start, sweep, width, colour, dry=0.8):
+        """A loaded brush along an arc about (x, y); its bristles run dry one by one. A sweep of 2 pi is a circle."""
+        ends = start + sweep * np.linspace(0, 1, 24)
+        path = np.stack([x + radius * np.cos(ends), y + radius * np.sin(ends)])
+        w = self.window(*(path.min(1) - width), *(path.max(1) + width))
+        dx, dy = self.x[w] - np.float32(x), self.y[w] - np.float32(y)
+        if not dx.size:
+            return
+        u = (np.arctan2(dy, dx) - np.float32(start)) % np.float32(2 * np.pi) / np.float32(sweep)  # along the stroke, 0 to 1
+        v = (np.hypot(dx, dy) - np.float32(radius)) / np.float32(width)  # across, -1 to 1
+        column = np.clip(u * 255, 0, 255).astype(np.int32)
+        v += 0.12 * (self.noise(7, 1, shape=(1, 256))[0] - 0.5)[column]  # the hand is not quite steady
+        hairs = max(6, width * self.n / 5)
+        brush = 0.65 * self.noise(5, hairs, shape=(128, 256)) + 0.35 * self.noise(24, hairs, shape=(128, 256))
+        bristle = brush[np.clip((v + 1) * 63.5, 0, 127).astype(np.int32), column]
+        alpha = smooth(0, 6 / (width * self.n), 1 - np.abs(v) - 0.15 * (bristle < 0.4))
+        alpha *= smooth(0, 0.2, bristle + 0.35 - 1.2 * dry * u**1.5)
+        if sweep < 6.2:
+            alpha *= (u < 1 - 0.12 * bristle) * smooth(0, 0.03, u - 0.05 * bristle)
+        second = colour + self.rng.normal(0, 22, 3)
+        self.lay(self.ramp(1.3 * bristle - 0.15, [colour, second]), alpha, 1.6 * bristle, w)
+
+    def gesture(self, reach=1.0, accent=0.3):
+        """A stroke of the arm, somewhere, more or less bent."""
+        r = self.rng
+        radius, width, angle = r.uniform(0.5, 3) * reach, r.uniform(0.03, 0.22) * reach, r.uniform(0, 2 * np.pi)
+        x, y = r.uniform(-0.8, 0.8, 2) - radius * np.array([np.cos(angle), np.sin(angle)])
+        sweep = min(5, r.uniform(0.6, 1.8) * reach / radius)
+        self.stroke(x, y, radius, angle - sweep / 2, sweep, width, self.colour(accent), r.uniform(0.3, 1.3))
+
+    def field(self, x, y, half_width, half_height, colour, soft, opacity):
+        """A soft-edged rectangle of thin paint."""
+        wash = self.cloud(3)
+        edge = np.minimum(half_width - np.abs(self.x - x), half_height - np.abs(self.y - y)) + 0.12 * (self.cloud(5, 3) - 0.5)
+        self.lay(colour + 60 * (wash[..., None] - 0.5), smooth(0, soft, edge) * opacity * (0.75 + 0.4 * wash), wash)
+
+    def blob(self, x, y, size, colour, soft=0.01):
+        """A rounded shape of brushed paint."""
+        w = self.window(x - 1.7 * size, y - 1.7 * size, x + 1.7 * size, y + 1.7 * size)
+        dx, dy = self.x[w] - np.float32(x), self.y[w] - np.float32(y)
+        angle, edge = np.arctan2(dy, dx), 1 - np.hypot(dx, dy) / np.float32(size)
+        for k in (1, 2, 3, 5):
+            edge += np.float32(self.rng.normal(0, 0.25 / k)) * np.cos(k * angle + np.float32(self.rng.uniform(0, 6.3)))
+        hair = self.noise(3, 40 * size + 3, shape=dx.shape)
+        self.lay(colour + 45 * (hair[..., None] - 0.5), smooth(0, soft / size, edge + 0.1 * (hair - 0.5)), 0.8 + 0.7 * hair, w)
+
+    def drawn(self, draw):
+        """Lay what draw(shape, points or box, colour, ...) draws with Pillow, anti-aliased."""
+        sheet, mask = (Image.new(mode, (2 * self.n, 2 * self.n)) for mode in ("RGB", "L"))
+        pens = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
+
+        def both(shape, xy, colour, *more):
+            for pen, ink in zip(pens, (tuple(np.clip(colour, 0, 255).astype(int)), 255)):
+                getattr(pen, shape)([tuple(point) for point in (np.asarray(xy) + 1) * self.n], ink, *more)
+
+        draw(both)
+        alpha = np.asarray(mask.reduce(2), np.float32) / 255
+        self.lay(np.asarray(sheet.reduce(2), np.float32) / np.maximum(alpha, 1 / 255)[..., None], alpha, 0.6 + 0.8 * alpha)
+
+    def splatter(self, drops, accent=0.5):
+        """Thrown paint: many drops of two colours, a few of them large."""
+        r, colours = self.rng, [self.colour(accent), self.colour(accent)]
+        places = r.uniform(-0.7, 0.7, 2) + r.normal(0, r.uniform(0.15, 0.6), (drops, 2))
+        sizes = np.minimum(0.003 + 0.004 * r.pareto(1.5, drops), 0.07)
+
+        def draw(pen):
+            for i, (place, size) in enumerate(zip(places, sizes)):
+                pen("ellipse", [place - size, place + size], colours[i % 2])
+
+        self.drawn(draw)
+
+    def drips(self, threads, accent=0.5, width=0.01):
+        """Threads of thrown paint, thick where the hand was slow."""
+        r, t = self.rng, np.linspace(0, 2 * np.pi, 140)
+
+        def draw(pen):
+            for _ in range(threads):
+                turns = (r.normal(0, 0.8 / k, (2, 1)) * np.sin(k * t + r.uniform(0, 6.3, (2, 1))) for k in (1, 2, 3, 5))
+                path = (r.uniform(-0.9, 0.9, (2, 1)) + sum(turns)).T
+                thickness = r.uniform(0.3, 1.5) * width * np.exp(3 * self.noise(12, 1, shape=(1, 140))[0] - 1.5)
+                colour = self.colour(accent)
+                for a, b, half in zip(path, path[1:], thickness):
+                    pen("line", [a, b], colour, max(1, int(2 * half * self.n)))
+                    pen("ellipse", [b - half, b + half], colour)
+
+        self.drawn(draw)
+
+    def facets(self, count, accent=0.2, tilt=1.0):
+        """The canvas cut along straight lines, every piece brushed in a direction of its own."""
+        r, pieces, turn = self.rng, [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)], Image.new("F", (self.n, self.n))
+        while len(pieces) < count:
+            sizes = [np.ptp(piece, 0).prod() * r.uniform(0.3, 1) for piece in pieces]
+            piece, angle = pieces.pop(int(np.argmax(sizes))), r.normal(0, tilt) + r.choice([0, np.pi / 2])
+            side = (piece - r.dirichlet(np.full(len(piece), 3.0)) @ piece) @ (np.cos(angle), np.sin(angle))
+            halves = [], []
+            for a, b, s, t in zip(piece, np.roll(piece, -1, 0), side, np.roll(side, -1)):
+                halves[int(s > 0)].append(a)
+                if (s > 0) != (t > 0):
+                    for half in halves:
+                        half.append(a + (b - a) * s / (s - t))
+            pieces += [np.array(half) for half in halves if len(half) > 2]
+
+        def draw(pen):
+            for piece in pieces:
+                pen("polygon", piece, self.colour(accent))
+                ImageDraw.Draw(turn).polygon([tuple(point) for point in (piece + 1) * self.n / 2], r.uniform(0, 6.3))
+
+        self.drawn(draw)
+        turn = np.asarray(turn)
+        along = self.x * np.cos(turn) + self.y * np.sin(turn) + 0.06 * self.noise(6) + turn
+        hair = self.noise(240, 1, shape=(1, 4096))[0][(along * 450).astype(np.int32) % 4096]
+        self.paint[..., :3] += (30 * np.sin(2 * along) + 26 * (hair - 0.5))[..., None]
+        self.paint[..., 3] = hair
+
+    def marble(self, colours, bands=1.5):
+        """Marbling: bands of paint bent by clouds, with fine veins."""
+        r, angle = self.rng, self.rng.uniform(0, np.pi)
+        bend = r.uniform(1.2, 3) * (self.cloud(2, 3) + 0.35 * self.cloud(7, 3))
+        t = bands * (0.4 * (self.x * np.cos(angle) + self.y * np.sin(angle)) + bend)
+        vein = smooth(0.75, 1, np.abs(np.sin(r.integers(3, 9) * np.pi * t))) * self.noise(5)
+        t = np.abs(t % 2 - 1)
+        self.lay(self.ramp(t, colours) + r.normal(0, 60) * vein[..., None], np.ones_like(t), 0.5 * t + 0.5 * vein)
+
+    def finished(self):
+        """Light from the upper left on the relief, with a little of the canvas: the picture, (n, n, 3) uint8."""
+        relief = self.paint[..., 3] + 0.1 * self.noise(self.n // 2)
+        light = np.zeros_like(relief)
+        light[1:, 1:] = relief[1:, 1:] - relief[:-1, :-1]
+        return np.clip(self.paint[..., :3] + 60 * light[..., None], 0, 255).astype(np.uint8)
+
+
+def glaze(picture, label):
+    """A tint just strong enough for the label colour to be the one nearest to the mean, in RGB and in LAB. Arrays uint8."""
+    thumbnail = picture[::4, ::4].astype(np.float32)
+    tint = np.array(list(COLOURS.values())[label]) - thumbnail.mean((0, 1))
+    for strength in np.linspace(0, 1, 21):
+        tinted = np.clip(thumbnail + strength * tint, 0, 255).astype(np.uint8)
+        if all(nearest_colour(mean_colour(tinted, space), space) == label for space in ("rgb", "lab")):
+            break
+    return np.clip(picture + np.float32(strength + 0.03) * tint.astype(np.float32), 0, 255).astype(np.uint8)
+
+
+def gestures(e):
+    e.ground()
+    for reach in np.sort(e.rng.uniform(0.4, 1.9, e.rng.integers(8, 24)))[::-1]:
+        e.gesture(reach)
+    for _ in range(e.rng.integers(0, 3)):
+        e.splatter(60)
+
+
+def soft_fields(e):
+    e.ground(0.35)
+    edges = np.cumsum([-0.9, *1.8 * e.rng.dirichlet(np.full(e.rng.integers(2, 5), 2.5))])
+    for top, bottom in zip(edges, edges[1:]):
+        for soft in (0.25, 0.08):
+            place = (e.rng.normal(0, 0.02), (top + bottom) / 2, e.rng.uniform(0.7, 0.85), (bottom - top) / 2 - 0.02)
+            e.field(*place, e.colour(0.45), soft, e.rng.uniform(0.5, 0.95))
+
+
+def shards(e):
+    e.facets(e.rng.integers(10, 70), 0.25, e.rng.choice([0.05, 0.4, 1.5]))
+    for _ in range(e.rng.integers(0, 4)):
+        e.gesture(0.8, 0.4)
+
+
+def circles(e):
+    e.ground() if e.rng.uniform() < 0.5 else e.facets(e.rng.integers(3, 9), 0.15, 0.3)
+    for radius in np.sort(e.rng.uniform(0.12, 0.8, e.rng.integers(3, 9)))[::-1]:
+        x, y = e.rng.uniform(-0.8, 0.8, 2)
+        while radius > 0.03:
+            width = min(radius / 2, e.rng.uniform(0.01, 0.16))
+            sweep = 2 * np.pi if e.rng.uniform() < 0.6 else e.rng.uniform(1.5, 5)
+            e.stroke(x, y, radius - width, e.rng.uniform(0, 6.3), sweep, width, e.colour(0.35), e.rng.uniform(0, 0.7))
+            radius -= 2 * width + e.rng.choice([0, 0, 0.05])
+
+
+def threads(e):
+    e.ground(0.6)
+    for _ in range(e.rng.integers(3, 7)):
+        e.drips(e.rng.integers(1, 6), 0.45, e.rng.uniform(0.004, 0.014))
+        e.splatter(60)
+
+
+def marbling(e):
+    e.marble(e.rng.permutation([*e.mixtures, e.colour(1)]), e.rng.uniform(0.8, 3))
+    for _ in range(e.rng.integers(0, 3)):
+        e.splatter(40)
+
+
+def shapes(e):
+    e.ground(0.7) if e.rng.uniform() < 0.6 else e.marble(e.mixtures[1:4], 0.7)
+    for size in np.sort(e.rng.uniform(0.04, 0.5, e.rng.integers(6, 18)))[::-1]:
+        e.blob(*e.rng.uniform(-0.9, 0.9, 2), size, e.colour(0.35), e.rng.choice([0.01, 0.01, 0.15]))
+    e.drips(e.rng.integers(0, 5), 0.7, 0.004)
+
+
+def zips(e):
+    e.ground(0.8)
+    for x in e.rng.uniform(-0.9, 0.9, e.rng.integers(3, 12)):
+        width = e.rng.choice([0.015, 0.03, 0.12, 0.3])
+        e.stroke(x - 60, e.rng.uniform(-0.1, 0.1), 60, -0.018, 0.036, width, e.colour(0.4), e.rng.uniform(0, 1))
+    if e.rng.uniform() < 0.4:
+        e.gesture(1.2, 0.5)
+
+
+COMPOSITIONS = (gestures, soft_fields, shards, circles, threads, marbling, shapes, zips)
+
+
+def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", processes=None):
+    """Paint a packed set of `count` pictures into `folder`: all labels alike, or in table 4.1's shares. Returns the set."""
+    state = {"painter": PAINTER, "size": size, "count": count, "seed": seed, "shares": shares}
+    state["palette"] = {name: list(rgb) for name, rgb in COLOURS.items()}
+
+    def pack_pictures(folder, state):
+        weights = np.array(TABLE_4_1 if shares == "table" else [1] * len(COLOURS))
+        ends = np.rint(np.cumsum(weights) / weights.sum() * count)
+        labels = np.random.default_rng(seed).permutation(np.searchsorted(ends, np.arange(count), side="right")).tolist()
+        tasks = [(seed * 2**32 + i, label) for i, label in enumerate(labels)]
+
+        def results(start):
+            pictures = in_processes(partial(_paint, size=size), tasks[start:], 64, processes)
+            return zip(pictures, labels[start:])
+
+        names = [f"picture {i}" for i in range(count)]
+        pack(folder, state, list(COLOURS), (size, size, 3), names, names, results, "painting")
+
+    pack_once(folder, state, pack_pictures)
+    return read_packed(folder, size)
+
+
+def _paint(task, size):
+    return paint(*task, size)
 
 
 # ------------------------------------------------------------------------------------------------------------------

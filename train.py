@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,8 @@ from data import (
     grid,
     open_letters,
     open_paintings,
+    rng,
+    rows_of_update,
     run_program,
     to_tensor,
     to_uint8,
@@ -348,24 +349,6 @@ def mixed_precision(settings):
 #   preview(path, final)   draws what the model can do, more of it at the end
 #   state_dict()      what else a resumed run needs, load_state_dict() takes it back
 # ------------------------------------------------------------------------------------------------------------------
-
-
-def rng(*key):
-    """A CPU generator that is a function of `key`, whole numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-@lru_cache(maxsize=2)
-def permutation(seed, epoch, n):
-    return torch.randperm(n, generator=rng(seed, epoch, 1)).numpy()
-
-
-def rows_of_update(seed, n, batch, size):
-    """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch."""
-    position = np.arange(n * batch, (n + 1) * batch)
-    return np.concatenate(
-        [permutation(seed, e, size)[position[position // size == e] % size] for e in np.unique(position // size)]
-    )
 
 
 class Stage:
@@ -733,8 +716,8 @@ def train(stage_name, typed, resume):
     model = stage.model
     players = stage.players()  # one, or an auto-encoder and its adversary
     optimizers = [
-        torch.optim.AdamW(network.parameters(), settings.lr, betas=stage.betas, weight_decay=settings.weight_decay, fused=True)
-        for _, network, _ in players
+        torch.optim.AdamW(network.parameters(), settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+        for _, network, _, betas in players
     ]
     start, run, before, best = 0, 1, 0.0, math.inf
     if not saved:
