@@ -172,6 +172,7 @@ def load_weights(module, state, path):
 LIGHTNING_NAMES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
     "numpy.dtype",
     "_codecs.encode",
 )

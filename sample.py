@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import ASSETS, UserError, grid, run_program, to_uint8, whole_file
+from data import ASSETS, UserError, grid, load_image, run_program, to_tensor, to_uint8, whole_file
 from ddpm import Diffusion, classifier_free_guidance
 from ldm import load_model
 
@@ -233,6 +233,36 @@ def psnr(x, x_r):
     return 10 * torch.log10(4 / (x - x_r.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
+@torch.no_grad()
+def reconstruct(model, files, size, batch=8):
+    """decode(encode(x)) of image files, cropped and resized to size x size.
+
+    Returns originals and reconstructions, (N, size, size, 3) uint8 each, and their PSNR in decibel and L1 in [0, 1], (N,) each,
+    of the 8-bit pictures.
+    """
+    originals = np.stack([load_image(file, size) for file in files])
+    device = next(model.parameters()).device
+    chunks = []
+    for i in tqdm(range(0, len(files), batch), desc="reconstructing", unit="batch", disable=None):
+        chunks.append(to_uint8(model.decode(model.encode(to_tensor(originals[i : i + batch]).to(device)))))
+    rebuilt = np.concatenate(chunks)
+    x, x_r = to_tensor(originals), to_tensor(rebuilt)
+    return originals, rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
+
+
+@torch.no_grad()
+def prior_rows(model, size, columns, seed=0):
+    """3.1: what a decoder makes of latents that no image gave. Two rows of `columns` images, uint8.
+
+    First z ~ N(0, I), for completeness: does any point mean something? Then a straight line from the first of them to the
+    second, for continuity: do near points look alike?
+    """
+    side = size // model.factor
+    z = ImageNoise(seed + np.arange(columns), (model.z_channels, side, side), next(model.parameters()).device)()
+    s = torch.linspace(0, 1, columns, device=z.device)[:, None, None, None]
+    return to_uint8(torch.cat([model.decode(z), model.decode((1 - s) * z[0] + s * z[1])]))
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------------
@@ -266,6 +296,8 @@ def parse():
     what.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
     what.add_argument("--text", help="draw a word, one image a letter")
     what.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
+    what.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="encode and decode images with a first stage")
+    what.add_argument("--prior", nargs="+", metavar="RUN", help="decode z ~ N(0, I) with these first stages, two rows each")
     what.add_argument("--per-label", type=int, metavar="N", help="N images of every label (or of --label), one folder a label")
     p.add_argument("--sampler", choices=("plms", "ddim", "ddpm"), default="plms", help="default plms")
     p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
@@ -276,30 +308,48 @@ def parse():
     p.add_argument("--seed", type=int, default=0, help="seed of the first image; image k has seed + k (default 0)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default ema")
     p.add_argument("--batch", type=int, default=64, help="images at a time (default 64)")
-    p.add_argument("--out", help="picture, or folder with --per-label (default: named after what it shows)")
+    p.add_argument("--size", type=int, help="pixels of a reconstruction (default: as the model was trained)")
+    p.add_argument("--out", help="picture, or folder with --per-label and --reconstruct (default: named after what it shows)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     return p.parse_args()
 
 
 def main():
     args = parse()
+    check(args)
+    device = check_device(args.device or best_device())
+    if args.reconstruct:
+        write_reconstructions(args, device)
+    elif args.prior:
+        draw_prior(args, device)
+    else:
+        write_samples(args, device)
+
+
+def check(args):
+    """Raises UserError for arguments that no model could follow."""
     if not 0 <= args.scale < math.inf:
         raise UserError(f"--scale {args.scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
-    if args.out and not args.per_label and Path(args.out).suffix.lower() not in Image.registered_extensions():
+    folder = args.per_label or args.reconstruct and not Path(args.out or ".").suffix
+    if args.out and not folder and Path(args.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {args.out}: not the name of a picture; end it with .png")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
-    if args.n is not None and args.n < 1 or args.per_label is not None and args.per_label < 1 or args.batch < 1:
-        raise UserError("--n, --per-label and --batch must be 1 or more")
+    if min(value for value in (args.n, args.per_label, args.size, args.batch) if value is not None) < 1:
+        raise UserError("--n, --per-label, --size and --batch must be 1 or more")
     if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
         raise UserError(f"--eta {args.eta:g}: expected 0 to 1, and only with --sampler ddim")
     if args.sampler == "ddpm" and args.times == "published":
         raise UserError("--times published: a table for ddim and plms; ancestral sampling must end at the clean image")
+
+
+def write_samples(args, device):
     run = args.run or next((p for p in ("runs/letters/model.pt", ASSETS / "letters.pt") if Path(p).exists()), None)
     if run is None:
         raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
-    device = check_device(args.device or best_device())
     model = load_model(run, args.weights, device)
+    if model.stage == "vqgan":
+        raise UserError(f"{run} is a first stage, it draws nothing by itself; --reconstruct IMAGES shows what it keeps of them")
     T = model.diffusion.T
     if not 1 <= args.steps <= T:
         raise UserError(f"--steps {args.steps}: expected 1 to {T}, the steps the model was trained with")
@@ -324,10 +374,74 @@ def main():
     else:
         picture, count, out = draw(model, args, label, how)
         out = Path(args.out or out)
-        with whole_file(out) as temporary:
-            picture.save(temporary)
+        save(picture, out)
     seconds = time.perf_counter() - start
     print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second), {args.sampler}, scale {args.scale:g}")
+
+
+def open_first_stage(run, args, device):
+    model = load_model(run, args.weights, device)
+    if model.stage != "vqgan":
+        raise UserError(f"{run} is no first stage; python train.py --stage vqgan makes one in runs/vqgan")
+    size = args.size or model.settings.get("crop") or model.settings["size"]
+    if size % model.factor:
+        raise UserError(f"--size {size}: expected a multiple of {model.factor}, the model's f")
+    return model, size
+
+
+def write_reconstructions(args, device):
+    """--reconstruct: one picture, originals over reconstructions, or one file an image where --out is a folder."""
+    run = args.run or "runs/vqgan"
+    model, size = open_first_stage(run, args, device)
+    out = Path(args.out or "reconstructions.png")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not an empty folder; name another with --out")
+    originals, rebuilt, decibel, l1 = reconstruct(model, args.reconstruct, size, min(args.batch, 8))
+    width = max(len(Path(file).name) for file in args.reconstruct)
+    for file, p, e in zip(args.reconstruct, decibel, l1):
+        print(f"{Path(file).name:{width}}  PSNR {p:5.2f} dB  L1 {e:.4f}")
+    print(f"{'mean':{width}}  PSNR {np.mean(decibel):5.2f} dB  L1 {np.mean(l1):.4f}")
+    if not out.suffix:
+        with whole_file(out) as temporary:
+            temporary.mkdir()
+            names = unique_names(args.reconstruct)
+            for name, image in zip(names, rebuilt):
+                Image.fromarray(image).save(temporary / name)
+            if out.exists():
+                out.rmdir()
+        print(f"{out}: {len(rebuilt)} reconstructions")
+        return
+    columns = min(len(rebuilt), 8)
+    blank = np.full((-len(rebuilt) % columns, *rebuilt.shape[1:]), 255, np.uint8)
+    pairs = [np.concatenate([images, blank]).reshape(-1, 1, columns, *rebuilt.shape[1:]) for images in (originals, rebuilt)]
+    rows = np.concatenate(pairs, axis=1)  # (rows, 2, columns, H, W, 3)
+    save(grid(rows.reshape(-1, *rebuilt.shape[1:]), columns, ["x", "x_r"] * len(rows), scale=max(1, 128 // size)), out)
+    print(f"{out}: originals over reconstructions")
+
+
+def unique_names(files):
+    """A .png name for every file, numbered where two folders have one of the same name."""
+    stems = [Path(file).stem for file in files]
+    return [f"{stem}.png" if stems.count(stem) == 1 else f"{i:06d}_{stem}.png" for i, stem in enumerate(stems)]
+
+
+def draw_prior(args, device):
+    """--prior: for every run two rows, z ~ N(0, I) and the line between two of them."""
+    columns, images, names = args.n or 8, [], []
+    for run in args.prior:
+        model, size = open_first_stage(run, args, device)
+        images.append(prior_rows(model, size, columns, args.seed))
+        names += [f"{ {'none': 'AE', 'kl': 'VAE', 'vq': 'VQ'}[model.settings['bottleneck']] } z", "line"]
+    if len({rows.shape for rows in images}) > 1:
+        raise UserError("--prior: these runs draw images of different sizes; give one --size")
+    out = Path(args.out or "prior.png")
+    save(grid(np.concatenate(images), columns, names, scale=max(1, 64 // images[0].shape[1])), out)
+    print(f"{out}: z ~ N(0, I) decoded, and a straight line between the first two z")
+
+
+def save(picture, path):
+    with whole_file(path) as temporary:
+        picture.save(temporary)
 
 
 def draw(model, args, label, how):

@@ -156,7 +156,7 @@ class FirstStage(Settings):
     beta: float = flag(0.25, "weight of the commitment loss (eq. 3.4)")
     released: bool = flag(False, "beta on the code-book term instead, as the published weights were trained (E14)")
     reseed: bool | None = flag(None, "give codes that an epoch did not use a new place (default: unless --init)")
-    kl_weight: float = flag(1e-6, "weight of the KL term of a VAE (eq. 3.1)")
+    kl_weight: float = flag(1e-4, "weight of the KL term of a VAE (eq. 3.1)")
     perceptual: float | None = flag(None, "weight of the perceptual loss (default: 1 if its files are there)", kind=float)
     perceptual_files: str | None = flag(
         None, "folder with vgg16-397923af.pth and vgg.pth, or a published model.ckpt (default: torch hub's)", kind=str
@@ -165,7 +165,7 @@ class FirstStage(Settings):
     adversarial_loss: str = flag("hinge", "form of it", choices=("hinge", "vanilla"))
     adaptive: bool = flag(True, "multiply it by lambda (E18)")
     disc_start: int | None = flag(None, "update at which the adversary joins", kind=int)
-    disc_channels: int = flag(64, "width of the discriminator")
+    disc_channels: int | None = flag(None, "width of the discriminator", kind=int)
     disc_layers: int = flag(2, "halvings in the discriminator")
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(10.0, "largest gradient norm")
@@ -235,7 +235,7 @@ SIZES = {
     },
     FirstStage: {
         "small": {
-            "updates": 8000,
+            "updates": 6000,
             "batch": 8,
             "lr": 1e-3,
             "channels": 16,
@@ -248,7 +248,8 @@ SIZES = {
             "blocks": 1,
             "attention_levels": (),
             "groups": 1,
-            "disc_start": 4000,
+            "disc_start": 3000,
+            "disc_channels": 32,
         },
         "thesis": {
             "updates": 100_000,
@@ -265,6 +266,7 @@ SIZES = {
             "attention_levels": (3,),
             "groups": 32,
             "disc_start": 10_000,
+            "disc_channels": 64,
         },
     },
 }

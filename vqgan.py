@@ -208,7 +208,7 @@ class GaussianBottleneck(nn.Module):
 
     widen = 2
 
-    def __init__(self, kl_weight=1e-6):
+    def __init__(self, kl_weight=1e-4):
         super().__init__()
         self.kl_weight = kl_weight
 

@@ -19,7 +19,7 @@ from data import ALPHABET, open_packed
 from ddpm import linear_schedule
 from ldm import PixelDiffusion
 from sample import denoise
-from train import SIZES
+from train import SIZES, Letters
 from unet import letters_unet
 
 
@@ -35,7 +35,7 @@ def seconds(call, times=5):
 
 
 def letters_model():
-    size = SIZES["small"]
+    size = SIZES[Letters]["small"]
     unet = letters_unet(size["channels"], size["multipliers"], 1, 27)
     for p in unet.parameters():
         p.data += 0.01 * torch.randn_like(p)

@@ -11,9 +11,10 @@ ROOMS = {
     "data": set(),
     "ddpm": set(),
     "unet": set(),
-    "ldm": {"data", "ddpm", "unet"},
+    "vqgan": set(),
+    "ldm": {"data", "ddpm", "unet", "vqgan"},
     "sample": {"data", "ddpm", "ldm"},
-    "train": {"data", "ddpm", "ldm", "sample"},
+    "train": {"data", "ddpm", "ldm", "sample", "vqgan"},
 }
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "scipy"}
 

@@ -385,7 +385,7 @@ def test_bad_model_files_are_one_clear_line(refused, run, tiny_model, tmp_path, 
         "truncated.pt": "truncated",
         "text.pt": "not a checkpoint that can be read",
         "foreign.pt": "not a checkpoint of this project",
-        "harmful.pt": "not a checkpoint that can be read",
+        "harmful.pt": "refused, it asks to run",
         "misfit.pt": "1 missing (first: unet.out.2.bias); 1 unknown (first: unet.other)",
     }.items():
         assert words in refused("sample", "--run", tmp_path / name)

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 import train
-from train import EMA, Letters, LettersStage, Log, complete, draw_losses, learning_rate, rows_of_update
+from data import rows_of_update
+from train import EMA, Letters, LettersStage, Log, Means, complete, draw_losses, learning_rate
 
 TINY = ("--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", 16, "--channels", 16)
 SMALL = (*TINY, "--multipliers", 1, 1, "--T", 20, "--overfit", 64)
@@ -91,7 +92,7 @@ def test_validation_loss_is_the_same_every_time_and_uses_no_dropped_label():
     assert s.validate() == s.validate()
     seen = []
     s.model.loss = lambda x_0, y, t, noise: seen.append((y, t)) or torch.ones(len(y))
-    assert s.validate() == 1
+    assert s.validate() == {"validation_loss": 1}
     y, t = (torch.cat(values) for values in zip(*seen))
     assert y.max() < 26 and t.min() == 1 and t.max() > 900
 
@@ -147,8 +148,16 @@ def test_log_keeps_interruptions_apart(tmp_path):
     log.write({"run": 2, "update": 30, "train_loss": 0.5, "validation_loss": 0.25})
     rows = log.rows()
     assert [(r["run"], r["update"]) for r in rows] == [("1", "10"), ("1", "20"), ("2", "30")]
-    draw_losses(log, tmp_path / "loss.png")
+    draw_losses(log, tmp_path / "loss.png", "mean squared error")
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 5
+
+
+def test_means_are_over_the_updates_that_had_the_number():
+    means = Means()
+    for n in range(4):
+        means.add({"loss": torch.tensor(float(n))} | ({"codes_used": torch.tensor(9.0)} if n == 2 else {}))
+    assert means.take() == {"loss": 1.5, "codes_used": 9.0}
+    assert means.take() == {}
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -197,7 +206,7 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(run, undisturbed
     assert code == 0
     one, two = saved(undisturbed), saved(out)
     assert one["update"] == two["update"] == 12
-    for key in ("raw", "ema", "optimizer"):
+    for key in ("players", "ema", "best"):
         assert equal(one[key], two[key]), key
     assert {r["run"] for r in train.csv.DictReader((out / "log.csv").open())} == {"1", "2"}
 
@@ -247,7 +256,7 @@ def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
         (("--data", "nowhere"), "nowhere: no such file or folder"),
         (("--resume",), "no such file"),
         (("--batch", 0), "--batch 0: must be more than 0"),
-        (("--p-uncond", 2), "--p-uncond must be between 0 and 1"),
+        (("--p-uncond", 2), "--p-uncond 2.0: must be between 0 and 1"),
         (("--channels", 20), "multiple of 16"),
         (("--device", "cuda:99"), "not there on this machine"),
     ],
