@@ -870,7 +870,8 @@ PIGMENTS = {
     "yellow ochre": (204, 153, 51), "cadmium yellow": (255, 222, 40), "cadmium orange": (238, 118, 24),
     "vermilion": (224, 58, 44), "alizarin": (140, 22, 48), "rose": (232, 150, 158), "ultramarine": (30, 40, 138),
     "cobalt": (0, 88, 180), "cerulean": (92, 170, 214), "turquoise": (60, 176, 164), "viridian": (24, 104, 84),
-    "sap green": (120, 150, 50),    "dioxazine violet": (84, 38, 116), "lilac": (188, 164, 208), "naples yellow": (250, 216, 156), "warm grey": (146, 138, 130),
+    "sap green": (120, 150, 50), "dioxazine violet": (84, 38, 116), "lilac": (188, 164, 208),
+    "naples yellow": (250, 216, 156), "warm grey": (146, 138, 130),
 }  # fmt: skip
 
 
@@ -1296,7 +1297,7 @@ def grid(images, columns, names=None, scale=1, gap=2):
     height, width = height * scale, width * scale
     margin = 0
     if names:
-        text = font(max(11, height // 3))
+        text = font(min(18, max(11, height // 3)))
         margin = 12 + int(max(text.getlength(name) for name in names))
     picture = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), PAPER)
     draw = ImageDraw.Draw(picture)
