@@ -387,13 +387,16 @@ def pack_once(folder, state, pack, replace=False):
 
     Raises UserError if the folder holds something else; with `replace`, another packed set may go.
     """
-    if packed_state(folder) != state:
-        if folder.exists() and any(folder.iterdir()) and not (replace and packed_state(folder)):
-            what = "another packed set" if packed_state(folder) else "other files"
+    if packed_state(folder) == state:
+        return
+    with locked(folder):
+        found = packed_state(folder)  # another process may have packed it meanwhile
+        if found == state:
+            return
+        if folder.exists() and any(folder.iterdir()) and not (found and replace):
+            what = "another packed set" if found else "other files"
             raise UserError(f"{folder} holds {what}; name another folder, or remove it first")
-        with locked(folder):
-            if packed_state(folder) != state:
-                pack(folder, state)
+        pack(folder, state)
 
 
 def packed_state(folder):
@@ -422,7 +425,7 @@ def read_packed(folder, size):
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
         kind = Paintings if "palette" in about["state"] else ImageSet
         packed = kind(*arrays, about["classes"], about["note"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{folder}: a packed set that cannot be read ({error}); remove it and pack again") from error
     if packed.images.shape[1] != size:
         raise UserError(f"{folder}: packed at {packed.images.shape[1]} pixels, not {size}; pack it again with --size {size}")
