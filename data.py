@@ -188,7 +188,8 @@ def mean_colour(images, space="rgb"):
     images: (..., H, W, 3) uint8. Returns (..., 3) float64 in that space.
     """
     values = rgb_to_lab(images) if space == "lab" else np.asarray(images)
-    return values.mean((-3, -2), dtype=np.float64)
+    columns = values.sum(-3, dtype=np.uint32 if values.dtype == np.uint8 else np.float64)  # faster than a mean at once
+    return columns.mean(-2, dtype=np.float64) / values.shape[-3]
 
 
 def nearest_colour(colours, space="rgb", palette=COLOURS):
