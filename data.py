@@ -705,8 +705,8 @@ def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=N
 
 
 def walk(root):
-    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders."""
-    for path, folders, files in os.walk(root):
+    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders, through links."""
+    for path, folders, files in os.walk(root, followlinks=True):
         inside = {folder.name for folder in subfolders(Path(path))}
         folders[:] = [name for name in folders if name in inside]
         yield Path(path), folders, [name for name in files if is_image(Path(name))]
