@@ -410,10 +410,11 @@ def packed_state(folder):
 
 @contextlib.contextmanager
 def locked(folder):
-    key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    """One process of this machine at a time is inside this `with`; the lock goes with the process, however that ends."""
     if fcntl is None:
         yield
         return
+    key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     with open(Path(tempfile.gettempdir()) / f"color-diffusion-{os.getuid()}-{key}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -425,7 +426,7 @@ def read_packed(folder, size):
         about = json.loads((folder / "set.json").read_text())
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
         kind = Paintings if "palette" in about["state"] else ImageSet
-        packed = kind(*arrays, about["classes"], about["note"])
+        packed = kind(*arrays, about["classes"], about.get("note", ""))
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{folder}: a packed set that cannot be read ({error}); remove it and pack again") from error
     if packed.images.shape[1] != size:
@@ -461,7 +462,7 @@ def pack(folder, state, classes, shape, files, sources, results, verb="packing")
             for name, source, result in zip(files, sources, found):
                 what = (next(rows), classes[result], "") if isinstance(result, int) else ("", "", result)
                 table.writerow((name, source, *what))
-        np.save(growing / "labels.npy", np.array([result for result in found if isinstance(result, int)], np.int64))
+        np.save(growing / "labels.npy", np.array(found, object)[kept].astype(np.int64))
         np.save(growing / "sources.npy", np.unique(sources, return_inverse=True)[1][kept])
         note = note and f"{len(found) - kept.sum():,} of {len(found):,} files rejected: {note} ({folder / 'files.csv'})"
         (growing / "set.json").write_text(json.dumps({"classes": list(classes), "note": note, "state": state}))
@@ -1518,10 +1519,11 @@ def relabel_command(args):
     out = Path(args.out)
     with whole_file(out / "chart.png") as temporary:
         bars(shares, paintings.classes, f"Labels of {len(rgb):,} images, per cent").save(temporary)
+    print(f"{out / 'chart.png'}: both histograms (fig. 4.3)")
     if (rgb != lab).any():
         with whole_file(out / "mismatches.png") as temporary:
             worst_mismatches(paintings, rgb, lab, excess).save(temporary)
-    print(f"{out}: chart.png (fig. 4.3), mismatches.png (fig. 4.2)")
+        print(f"{out / 'mismatches.png'}: where the RGB labels fit worst (fig. 4.2)")
 
 
 if __name__ == "__main__":
