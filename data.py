@@ -112,6 +112,86 @@ def crop_and_resize(image, size):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Colours: the eight labels, sRGB <-> CIE-LAB, the nearest label
+# ------------------------------------------------------------------------------------------------------------------
+
+# Table 4.1: the labels in its order, 0 to 7. It gives no RGB values: these are CSS's for the names (E38).
+COLOURS = {
+    "orange": (255, 165, 0),
+    "green": (0, 128, 0),
+    "blue": (0, 0, 255),
+    "purple": (128, 0, 128),
+    "yellow": (255, 255, 0),
+    "red": (255, 0, 0),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+}
+# IEC 61966-2-1: linear sRGB -> XYZ for the white point D65, which is the image of (1, 1, 1)
+RGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+D65 = RGB_TO_XYZ.sum(1)
+DELTA = 6 / 29  # where CIE's cube root gives way to a straight line
+
+
+def rgb_to_lab(rgb):
+    """4.2.2, step 1:  sRGB -> linear -> XYZ / D65 -> CIE-LAB (E39 fills in gamma and white point).
+
+        L = 116 f(Y) - 16,   a = 500 (f(X) - f(Y)),   b = 200 (f(Y) - f(Z)),   f(t) = t^(1/3), a straight line below (6/29)^3
+
+    rgb: (..., 3), uint8 or float, 0 to 255. Returns (..., 3): float32 for uint8 and float32, else float64.
+    """
+    rgb = np.asarray(rgb)
+    if rgb.dtype == np.uint8:
+        linear = srgb_to_linear(np.arange(256, dtype=np.float32) / 255)[rgb]
+    else:
+        linear = srgb_to_linear(rgb.astype(np.float32 if rgb.dtype == np.float32 else np.float64) / 255)
+    t = linear @ (RGB_TO_XYZ / D65[:, None]).T.astype(linear.dtype)
+    f = np.cbrt(np.maximum(t, DELTA**3)) + (np.minimum(t, DELTA**3) - DELTA**3) / (3 * DELTA**2)
+    return f @ np.array([[0, 116, 0], [500, -500, 0], [0, 200, -200]], f.dtype).T - np.array([16, 0, 0], f.dtype)
+
+
+def lab_to_rgb(lab):
+    """Inverse of `rgb_to_lab`, clipped to what a screen shows: (..., 3) -> (..., 3) float, 0 to 255."""
+    lab = np.asarray(lab) * 1.0
+    f = (lab[..., :1] + 16) / 116 + lab[..., 1:2] * (0.002, 0, 0) - lab[..., 2:] * (0, 0, 0.005)
+    t = np.maximum(f, DELTA) ** 3 + (np.minimum(f, DELTA) - DELTA) * 3 * DELTA**2
+    linear = (t * D65) @ np.linalg.inv(RGB_TO_XYZ).T
+    return 255 * linear_to_srgb(np.clip(linear, 0, 1))
+
+
+def srgb_to_linear(u):
+    """IEC 61966-2-1:  u / 12.92 up to 0.04045, ((u + 0.055) / 1.055)^2.4 above; 0 to 1."""
+    return np.where(u <= 0.04045, u / 12.92, ((np.maximum(u, 0) + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(v):
+    return np.where(v <= 0.0031308, 12.92 * v, 1.055 * np.maximum(v, 0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def mean_colour(images, space="rgb"):
+    """4.2.2:  the mean over the pixels; in space "lab" pixels are converted first and then averaged, as printed (E39).
+
+    images: (..., H, W, 3) uint8. Returns (..., 3) float64 in that space.
+    """
+    values = rgb_to_lab(images) if space == "lab" else np.asarray(images)
+    return values.mean((-3, -2), dtype=np.float64)
+
+
+def nearest_colour(colours, space="rgb", palette=COLOURS):
+    """4.2.2:  argmin_k |c - c_k|, the number of the label colour nearest to c, by Euclidean distance in the given space.
+
+    colours: (..., 3) in that space, such as `mean_colour` returns. Returns (...) int64; the first of equally near ones.
+    """
+    return label_distances(colours, space, palette).argmin(-1)
+
+
+def label_distances(colours, space="rgb", palette=COLOURS):
+    """Distances of colours (..., 3) to every label colour: (..., K). In LAB this is Delta-E 76."""
+    labels = np.array(list(palette.values()), np.float64)
+    labels = rgb_to_lab(labels) if space == "lab" else labels
+    return np.linalg.norm(np.asarray(colours)[..., None, :] - labels, axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Sets of images with labels
 # ------------------------------------------------------------------------------------------------------------------
 
