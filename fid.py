@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,12 @@ from data import (
     crop_and_resize,
     font,
     is_image,
+    label_distances,
     linear_ticks,
     load_image,
+    nearest_colour,
     open_image,
     open_letters,
-    open_paintings,
     rgb_to_lab,
     run_program,
     subfolders,
@@ -188,7 +190,7 @@ class Inception(nn.Module):
 
 
 def inception_file(path=None, download=False):
-    """The weight file: `path`, else the one in torch's hub cache, fetched there (96 MB) if `download`; None if it is not there."""
+    """The weight file: `path`, else the one in torch's hub cache, fetched (96 MB) if `download`; None if it is not there."""
     if path:
         return Path(path)
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.split("/")[-1]
@@ -246,11 +248,93 @@ def inception_features(network, device="cpu", size=256):
     network = network.float().to(device).eval()
 
     def call(images):
-        with torch.autocast(torch.device(device).type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with (
+            torch.autocast(torch.device(device).type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
             return network(images.to(device).permute(0, 3, 1, 2).float() / 255)
 
     text = "Inception pool features (2048), bilinear to 299 as in the published tool, float32"
     return Features("inception", call, size, text, frechet="FID", kernel="KID")
+
+
+def letters_classifier():
+    """A small network that names capital letters; all but its last layer give 64 features. x: (B, 1, 32, 32) in [-1, 1]."""
+
+    def stage(c_in, c_out):
+        return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+
+    head = nn.Flatten(), nn.Linear(128 * 4 * 4, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 26)
+    return nn.Sequential(*stage(1, 32), *stage(32, 64), *stage(64, 128), *head)
+
+
+def letters_features(path=ASSETS / "letters_classifier.pt", device="cpu", size=32):
+    """Features for letters that need no download: the last but one layer of a letters classifier."""
+    network = letters_classifier()
+    try:
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a letters classifier; python fid.py --train-classifier FILE makes one") from error
+    network = network[:-1].to(device).eval()
+
+    def call(images):
+        return network(images.to(device).permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 127.5 - 1)
+
+    return Features("letters", call, size, f"letters classifier, last but one layer (64), {Path(path).name}")
+
+
+def train_letters_classifier(path, epochs=12, batch=128, seed=0):
+    """How assets/letters_classifier.pt was made: the training fonts, turned, sheared, scaled and shifted at random.
+
+    Returns the share of letters of the validation fonts it names. Saved in half precision.
+    """
+    letters = open_letters()
+    train, validation = letters.split()
+    torch.manual_seed(seed)
+    network = letters_classifier()
+    updates = epochs * len(train) // batch
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, updates)
+    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).numpy()
+    for n in tqdm(range(updates), "letters classifier", unit="update", disable=None):
+        x, y = letters.batch(train[order[n * batch : (n + 1) * batch]])
+        A = torch.eye(2, 3) + torch.randn(batch, 2, 3) * 0.12
+        x = F.grid_sample(x[:, :1] + 1, F.affine_grid(A, (batch, 1, 32, 32), align_corners=False), align_corners=False) - 1
+        F.cross_entropy(network(x), y, label_smoothing=0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    x, y = letters.batch(validation)
+    network.eval()
+    with whole_file(path) as temporary:
+        torch.save(network.half().state_dict(), temporary)
+    network.float()
+    with torch.no_grad():
+        return (network(x[:, :1]).argmax(1) == y).double().mean().item()
+
+
+def paintings_features(size=256):
+    """Features for abstract pictures that need no download and no training: which colours, and how much change at which scale.
+
+    The square roots of the shares of 4 x 5 x 5 boxes of CIE-LAB, so that distances are Hellinger's; and for L, a, b at 1, 2,
+    4, 8 and 16 pixels the logarithm of the mean squared difference of neighbours, across and down. Fixed factors bring both
+    parts to a variance of about half a unit a feature over assorted abstract pictures. (B, H, W, 3) uint8 -> (B, 130).
+    """
+
+    def call(images):
+        lab = torch.from_numpy(rgb_to_lab(images.numpy())).float()  # (B, H, W, 3)
+        low, width, count = torch.tensor([[0.0, -50.0, -50.0], [25.0, 20.0, 20.0], [4, 5, 5]])
+        box = ((lab - low) / width).floor().clamp(min=torch.zeros(3), max=count - 1).long()
+        box = (box[..., 0] * 25 + box[..., 1] * 5 + box[..., 2]).flatten(1)  # (B, N)
+        shares = torch.zeros(len(lab), 100).scatter_add_(1, box, torch.ones(box.shape)) / box.shape[1]
+        energies, x = [], lab.permute(0, 3, 1, 2)
+        for _ in range(5):
+            energies += [x.diff(dim=axis).square().mean((2, 3)) for axis in (2, 3)]
+            x = F.avg_pool2d(x, 2)
+        energies = (torch.cat(energies, 1) + 0.1).log()  # (B, 30)
+        return torch.cat([8 * shares.sqrt(), 0.8 * (energies - 2)], 1)
+
+    return Features("paintings", call, size, "LAB histogram (100) and gradient energies at five scales (30)")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -259,7 +343,7 @@ def inception_features(network, device="cpu", size=256):
 
 
 class Statistics:
-    """Number, mean and covariance of features that arrive in batches, in float64, in memory that does not grow with their number.
+    """Number, mean and covariance of features that arrive in batches: float64, in memory that does not grow with their number.
 
     Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. More are folded into
     `scatter`, the sum of (x - mean)(x - mean)^T, d x d.
@@ -437,3 +521,611 @@ def kernel_distance_of_images(images, real_features, features, batch=64):
     images = torch.as_tensor(images)
     generated = torch.cat([features(part).cpu() for part in images.split(batch)])
     return kernel_distance(generated, real_features)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5.4.1  Colour
+# ------------------------------------------------------------------------------------------------------------------
+
+SPACES = ("rgb", "lab")
+COLOUR_METRICS = [f"{metric}_{space}" for space in SPACES for metric in ("pixels", "mean", "nearest")]
+
+
+def colour_distances(image, label):
+    """Figures 5.6 and 5.7 (E63) for one image, in RGB and in CIE-LAB.
+
+        pixels = mean over the pixels of |pixel - label colour|          fig. 5.6
+        mean   = |mean of the pixels - label colour| <= pixels           fig. 5.7
+        nearest = 1 if no other label colour is nearer to that mean, else 0
+
+    The two spaces have different units, black to white being 441.7 and 100: a smaller number in LAB means nothing (E64).
+    image: (H, W, 3) uint8; label: a name in COLOURS. Returns six numbers, in the order of COLOUR_METRICS.
+    """
+    own, numbers = {label: COLOURS[label]}, []
+    for space in SPACES:
+        pixels = rgb_to_lab(image) if space == "lab" else image
+        mean = pixels.mean((0, 1), dtype=np.float64)
+        nearest = list(COLOURS)[nearest_colour(mean, space)] == label
+        numbers += [label_distances(pixels, space, own).mean(), label_distances(mean, space, own).item(), nearest]
+    return np.array(numbers, np.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Sets of images, decoded one by one
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def memory_map(path):
+    return np.load(path, mmap_mode="r")
+
+
+class Source(Dataset):
+    """A set of images for the loader: every item is brought to `size` x `size` by `crop_and_resize`, the project's one resize.
+
+    images: list of files, array (N, H, W[, C]) uint8, or the path of such an .npy; labels: (N,) numbers; classes: label names.
+    Names of colours are put into the order of table 4.1, others are sorted by their number.
+    """
+
+    def __init__(self, name, images, labels, classes):
+        order = sorted(range(len(classes)), key=lambda i: COLOUR_ORDER.get(classes[i].lower(), len(COLOURS)))
+        rank = np.argsort(order)
+        self.name, self.images, self.labels = str(name), images, rank[labels]
+        self.classes = [classes[i].lower() if classes[i].lower() in COLOURS else classes[i] for i in order]
+        self.size = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def counts(self):
+        """label -> number of images, without the labels that have none."""
+        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
+        return {label: count for label, count in zip(self.classes, counts) if count}
+
+    def rows(self, label):
+        """The rows of a label in a fixed random order, so that the first few are a sample of all."""
+        return np.random.default_rng(0).permutation(np.flatnonzero(self.labels == label))
+
+    def __getitem__(self, row):
+        """(image (size, size, 3) uint8, the six colour distances or NaN, width and height it had); or the UserError."""
+        try:
+            if isinstance(self.images, list):
+                with open_image(self.images[row]) as file:
+                    shape = file.size
+                image = load_image(self.images[row], self.size)
+            else:
+                array = memory_map(self.images) if isinstance(self.images, Path) else self.images
+                image = np.asarray(array[row]).squeeze()
+                shape = image.shape[1::-1]
+                image = np.asarray(crop_and_resize(Image.fromarray(image), self.size).convert("RGB"))
+        except UserError as error:  # an exception would reach the main process as a page of text
+            return error
+        label = self.classes[self.labels[row]]
+        colours = colour_distances(image, label) if label in COLOURS else np.full(len(COLOUR_METRICS), np.nan)
+        return torch.from_numpy(image.copy()), torch.from_numpy(colours), torch.tensor(shape)
+
+
+COLOUR_ORDER = {name: i for i, name in enumerate(COLOURS)}
+
+
+def open_source(path, scratch):
+    """The set that the user named: folder, packed set, .npz, or letters, letters:train, letters:validation.
+
+    scratch: a folder for temporary files. Raises UserError where there is no such set.
+    """
+    name, _, part = str(path).partition(":")
+    path = Path(path)
+    if name == "letters" and not path.exists():
+        letters = open_letters()
+        rows = dict(zip(("train", "validation"), letters.split())) | {"": np.arange(len(letters.labels))}
+        if part not in rows:
+            raise UserError(f"{path}: expected letters, letters:train or letters:validation")
+        return Source(path, letters.images[rows[part]], letters.labels[rows[part]], letters.classes)
+    if path.is_dir():
+        return open_packed_folder(path) if (path / "set.json").exists() else open_tree(path)
+    if path.exists():
+        return open_npz(path, scratch)
+    raise UserError(f"{path}: no such file or folder")
+
+
+def open_tree(root):
+    """A flat folder of images, or one with a folder of images a label; a chain of single folders is followed down."""
+    folder = root
+    while True:
+        files = sorted(file for file in folder.iterdir() if is_image(file))
+        inside = subfolders(folder)
+        if files or len(inside) != 1 or any(is_image(file) for file in inside[0].iterdir()):
+            break
+        folder = inside[0]
+    if files:
+        labelled = [sub.name for sub in inside if any(is_image(file) for file in sub.iterdir())]
+        if labelled:
+            raise UserError(f"{folder}: images both in it and in its folder {labelled[0]}; keep one or the other")
+        return Source(root, files, np.zeros(len(files), int), ["all"])
+    if not inside:
+        raise UserError(f"{folder}: no images in it; expected images, or one folder of images a label")
+    labels = []
+    for i, sub in enumerate(inside):
+        found = sorted(file for file in sub.iterdir() if is_image(file))
+        if not found:
+            raise UserError(f"{sub}: no images in it; remove the folder")
+        files += found
+        labels += [i] * len(found)
+    return Source(root, files, np.array(labels), [sub.name for sub in inside])
+
+
+def open_packed_folder(path):
+    try:
+        classes = json.loads((path / "set.json").read_text())["classes"]
+        labels = np.load(path / "labels.npy")
+        if len(memory_map(path / "images.npy")) != len(labels):
+            raise ValueError("as many labels as images are needed")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: a packed set that cannot be read ({error}); remove it and pack it again") from error
+    return Source(path, path / "images.npy", labels, classes)
+
+
+def open_npz(path, scratch):
+    """An .npz with `images` (N, H, W[, 1 or 3]) uint8 and perhaps `labels`, names or numbers that count from A.
+
+    The images are unpacked to the disk and read from there: the file may be larger than the memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if "images.npy" not in archive.namelist():
+                raise UserError(f"{path}: no array images; it holds: {', '.join(Path(n).stem for n in archive.namelist())}")
+            folder = Path(tempfile.mkdtemp(dir=scratch))
+            archive.extract("images.npy", folder)
+        images = memory_map(folder / "images.npy")
+        with np.load(path, allow_pickle=False) as file:
+            labels = file["labels"] if "labels" in file.files else np.full(len(images), "all")
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not an .npz file that can be read") from error
+    fits = images.dtype == np.uint8 and (images.ndim == 3 or images.ndim == 4 and images.shape[-1] in (1, 3)) and len(images)
+    if not fits or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
+        found = f"images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}"
+        raise UserError(f"{path}: expected uint8 images (N, H, W), (N, H, W, 1 or 3) and N labels, found {found}")
+    values, numbers = np.unique(labels, return_inverse=True)
+    letters = labels.dtype.kind in "iu" and values.min() >= 0 and values.max() < len(ALPHABET)
+    return Source(path, folder / "images.npy", numbers, [ALPHABET[v] if letters else str(v) for v in values])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# One pass over a set: everything that is compared
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Measured:
+    """What is kept of a set or of one label: statistics of the features, some of the features, sums of the colour distances."""
+
+    def __init__(self):
+        self.count, self.statistics, self._kept = 0, Statistics(), []
+        self.colours, self.coloured = torch.zeros(len(COLOUR_METRICS), dtype=torch.float64), 0
+        self.sizes = []  # the smallest and the largest (width, height)
+
+    @property
+    def kept(self):
+        """(m, d): a random sample of the features, all of them where there are few."""
+        self._kept = [torch.cat(self._kept)]
+        return self._kept[0]
+
+    def add(self, features, colours, sizes, keep):
+        """A batch; features: None where none are wanted. The first `keep` are kept: rows come in random order."""
+        if features is not None:
+            self.statistics.add(features)
+            self._kept.append(features[: max(0, keep - self.count)].float().cpu())
+        self.count += len(colours)
+        if not colours.isnan().any():
+            self.colours += colours.sum(0)
+            self.coloured += len(colours)
+        self.sizes = ends(self.sizes + sizes.tolist())
+
+    def absorb(self, other, share):
+        """Add another group. Of its features `share` of its number is kept: the same in all groups, so the sample is fair."""
+        self.count += other.count
+        self.colours += other.colours
+        self.coloured += other.coloured
+        self.sizes = ends(self.sizes + other.sizes)
+        if other.statistics.count:
+            self.statistics.merge(other.statistics)
+            self._kept.append(other.kept[: round(share * other.count)].clone())
+
+    def colour_means(self):
+        """name -> mean over the images; None where not all labels are colours."""
+        if not self.coloured or self.coloured < self.count:
+            return None
+        return dict(zip(COLOUR_METRICS, (self.colours / self.coloured).tolist()))
+
+
+def ends(sizes):
+    return [min(sizes), max(sizes)]
+
+
+def measure(source, features, keep=10_000, batch=32, workers=0):
+    """One pass over a set: an iterator of (label, Measured), label by label. features: a callable, or None for colours only."""
+    rows = [(label, source.rows(i)) for i, label in enumerate(source.classes)]
+    batches = [(label, part[i : i + batch].tolist()) for label, part in rows for i in range(0, len(part), batch)]
+    loader = DataLoader(source, batch_sampler=[part for _, part in batches], num_workers=workers, collate_fn=collate)
+    with tqdm(total=len(source), desc=source.name, unit="image", disable=None) as bar:
+        loaded = zip(batches, loader)
+        for label, own in groupby(loaded, key=lambda item: item[0][0]):
+            group = Measured()
+            for _, items in own:
+                if isinstance(items, UserError):
+                    raise items
+                images, colours, sizes = items
+                group.add(features and features(images), colours, sizes, keep)
+                bar.update(len(images))
+            yield label, group
+
+
+def collate(items):
+    """A batch, or the first error in it."""
+    error = next((item for item in items if isinstance(item, UserError)), None)
+    return error or [torch.stack(column) for column in zip(*items)]
+
+
+def save_measured(path, groups, about):
+    """label -> Measured to a file, to be compared with again without looking at an image; about: what must be the same then."""
+    content = {label: vars(group) | {"statistics": vars(group.statistics)} for label, group in groups.items()}
+    with whole_file(path) as temporary:
+        torch.save({"about": about, "groups": content}, temporary)
+
+
+def load_measured(path):
+    """(label -> Measured, about) from a file of `save_measured`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        groups = {}
+        for label, saved in content["groups"].items():
+            groups[label] = group = Measured()
+            vars(group.statistics).update(saved.pop("statistics"))
+            vars(group).update(saved)
+        return groups, content["about"]
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: not a file that --save-real wrote") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5.4  The comparison, as table and bar charts
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def compare(real, fake):
+    """All distances between two Measured, with both counts."""
+    kernel, error = kernel_distance(real.kept, fake.kept)
+    precision, recall = precision_recall(real.kept, fake.kept)
+    return {
+        "images": fake.count,
+        "real": real.count,
+        "frechet": frechet_distance(real.statistics, fake.statistics),
+        "kernel": kernel,
+        "kernel_error": error,
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def distance_table(rows, features, d):
+    """Lines of a table of rows of `compare`, and the marks that were needed."""
+    marks, cells = set(), []
+    for row in rows:
+        few, near = min(row["images"], row["real"]), abs(row["kernel"]) < 2 * row["kernel_error"]
+        mark = ("*" if few <= d else "", "~" if near else "", "?" if few < 100 else "")
+        marks |= set(mark)
+        cells.append(
+            (
+                row["label"],
+                row["set"],
+                f"{row['images']:,}",
+                f"{row['real']:,}",
+                f"{row['frechet']:.3f}{mark[0]:1}",
+                f"{row['kernel']:.4f} ± {row['kernel_error']:.4f}{mark[1]:1}",
+                f"{row['precision']:.2f}{mark[2]:1}",
+                f"{row['recall']:.2f}{mark[2]:1}",
+            )
+        )
+    return table(("label", "set", "images", "real", features.frechet, features.kernel, "precision", "recall"), cells), marks
+
+
+def table(header, rows):
+    """Rows of words as lines, the first two columns to the left, numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def explain(marks, d):
+    """What the marks in a table warn of."""
+    text = {
+        "*": f"* no more images than features ({d}) on one side: the covariance is singular and the distance biased upwards; "
+        "compare only rows with equal counts (E61)",
+        "~": "~ within two standard errors of 0: these counts show no difference",
+        "?": "? fewer than 100 images: chance alone moves precision and recall by 0.1 and more",
+    }
+    return [text[mark] for mark in text if mark in marks]
+
+
+def colour_table(rows):
+    header = (
+        "label",
+        "set",
+        "images",
+        *(f"{metric} {space.upper()}" for space in SPACES for metric in ("5.6", "5.7", "nearest")),
+    )
+    cells = [
+        (row["label"], row["set"], f"{row['images']:,}")
+        + tuple(f"{row[name]:.0%}" if "nearest" in name else f"{row[name]:.1f}" for name in COLOUR_METRICS)
+        for row in rows
+    ]
+    return table(header, cells)
+
+
+def bars(rows, value, title, error=None, size=(900, 330)):
+    """A bar chart: a group of bars a label, a bar a set, as in figures 5.5 to 5.7. rows: dicts with label, set and `value`."""
+    s = 2  # drawn at twice the size and reduced
+    rows = [row for row in rows if math.isfinite(row[value])]
+    labels, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "set"))
+    picture = Image.new("RGB", (size[0] * s, size[1] * s), PAPER)
+    draw = ImageDraw.Draw(picture)
+    left, right, top, bottom = 70 * s, size[0] * s - 20 * s, 52 * s, size[1] * s - 34 * s
+    draw.text((left, 20 * s), title, INK, font(15 * s), anchor="lm")
+    highest = max([row[value] + (row[error] if error else 0) for row in rows] + [1e-9]) * 1.08
+    for tick in linear_ticks(highest, 5):
+        y = bottom - (bottom - top) * tick / highest
+        draw.line((left, y, right, y), RULE, s)
+        draw.text((left - 8 * s, y), f"{tick:g}", INK, font(11 * s), anchor="rm")
+    step = (right - left) / max(1, len(labels))
+    width = min(0.8 * step / max(1, len(sets)), 64 * s)
+    paint = {name: (150, 150, 156) if name == "real" else None for name in sets}
+    paint |= dict(zip((name for name in sets if name != "real"), PALETTE * len(sets)))
+    for row in rows:
+        x = left + step * (labels.index(row["label"]) + 0.5) + width * (sets.index(row["set"]) - len(sets) / 2)
+        y = bottom - (bottom - top) * max(0, row[value]) / highest
+        draw.rectangle((x + s, min(y, bottom - s), x + width - s, bottom), paint[row["set"]])
+        if error:
+            middle, reach = x + width / 2, (bottom - top) * row[error] / highest
+            draw.line((middle, y - reach, middle, min(bottom, y + reach)), INK, s)
+        if width > 24 * s:
+            draw.text((x + width / 2, y - 7 * s - (reach if error else 0)), f"{row[value]:.3g}", INK, font(9 * s), anchor="mm")
+    for i, label in enumerate(labels):
+        x, y, text = left + step * (i + 0.5), bottom + 16 * s, font(12 * s)
+        if label in COLOURS:
+            x += 8 * s
+            edge = x - text.getlength(label) / 2 - 8 * s
+            draw.ellipse((edge - 10 * s, y - 5 * s, edge, y + 5 * s), COLOURS[label], outline=INK)
+        draw.text((x, y), label, INK, text, anchor="mm")
+    legend = right
+    for name in reversed(sets):
+        legend -= font(12 * s).getlength(name) + 34 * s
+        draw.rectangle((legend, 15 * s, legend + 12 * s, 26 * s), paint[name])
+        draw.text((legend + 18 * s, 20 * s), name, INK, font(12 * s), anchor="lm")
+    draw.line((left, bottom, right, bottom), INK, s)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def save_panels(path, panels):
+    """Charts one above the other, as one PNG."""
+    picture = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)), PAPER)
+    for i, panel in enumerate(panels):
+        picture.paste(panel, (0, sum(p.height for p in panels[:i])))
+    with whole_file(path) as temporary:
+        picture.save(temporary)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def parse():
+    p = argparse.ArgumentParser(description="How near generated images come to real ones.")
+    p.add_argument("--real", help="real images: folder, packed set, .npz, letters[:train|:validation], or a .pt of --save-real")
+    p.add_argument("--fake", nargs="+", metavar="[NAME=]SET", help="generated images, one or several sets side by side")
+    p.add_argument("--per-label", action="store_true", help="every label against its own real images and against all")
+    p.add_argument(
+        "--features",
+        choices=("auto", "inception", "letters", "paintings", "none"),
+        default="auto",
+        help="auto = inception if its weights are there, else letters for sets of A to Z, else paintings; none = colours only",
+    )
+    p.add_argument("--inception", metavar="FILE", help="Inception's weights (default: in torch's hub cache)")
+    p.add_argument("--download", action="store_true", help="fetch Inception's weights (96 MB) into torch's hub cache")
+    p.add_argument("--classifier", metavar="FILE", help="letters classifier (default: the one that comes with the project)")
+    p.add_argument("--train-classifier", metavar="FILE", help="train a letters classifier (two minutes) and do nothing else")
+    p.add_argument("--size", type=int, help="working size that every image is brought to (default 256; letters 32)")
+    p.add_argument("--keep", type=int, default=10_000, help="most features kept for kernel distance, precision, recall (10000)")
+    p.add_argument("--save-real", metavar="FILE", help="keep what was measured of the real images, for --real FILE next time")
+    p.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
+    p.add_argument("--workers", type=int, help="processes that decode images (default: one a core, at most 8)")
+    p.add_argument("--device", help="cuda, mps or cpu, for the features (default: cuda if it is there)")
+    p.add_argument("--out", default="runs/evaluation", help="folder for evaluation.json and the figures (runs/evaluation)")
+    return p.parse_args()
+
+
+def choose_features(args, classes):
+    """The features that --features asks for; None for none."""
+    device, name = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.features
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: not there on this machine") from None
+    if name in ("auto", "inception"):
+        file = inception_file(args.inception, args.download)
+        if file:
+            return inception_features(load_inception(file), device, args.size or 256)
+        missing = "Inception's weights are not there: --download fetches them (96 MB), --inception FILE says where they are"
+        if name == "inception":
+            raise UserError(missing)
+        name = "letters" if set(classes) <= set(ALPHABET) else "paintings"
+        print(f"note: no FID, {missing}; using the features for {name}", file=sys.stderr)
+    if name == "letters":
+        if args.size not in (None, 32):
+            raise UserError(
+                f"--size {args.size}: the letters classifier takes 32 pixels; leave --size out or choose other features"
+            )
+        return letters_features(args.classifier or ASSETS / "letters_classifier.pt", device)
+    if name == "paintings" and args.size and args.size < 32:
+        raise UserError(f"--size {args.size}: these features need 32 pixels or more")
+    return paintings_features(args.size or 256) if name == "paintings" else None
+
+
+def check_labels(name, counts, real, per_label):
+    """Refuse before anything is computed: too few images, or labels that are on one side only. counts: label -> images."""
+    if sum(counts.values()) < 2:
+        raise UserError(f"{name}: 1 image; a covariance needs at least 2")
+    if not per_label:
+        return
+    if list(counts) == ["all"]:
+        raise UserError(f"{name}: no labels; leave out --per-label, or put the images into one folder a label")
+    single = [label for label, count in counts.items() if count < 2]
+    if single:
+        raise UserError(f"{name}: label {single[0]} has 1 image; --per-label needs at least 2 of every label")
+    if counts.keys() != real.keys():
+        missing, extra = sorted(real.keys() - counts.keys()), sorted(counts.keys() - real.keys())
+        sides = [f"{who} lacks {', '.join(which)}" for who, which in ((name, missing), ("--real", extra)) if which]
+        raise UserError(f"--per-label needs the same labels on both sides: {'; '.join(sides)}")
+
+
+def named_sets(items):
+    """["ldm=DIR", "DIR2"] -> {"ldm": "DIR", "DIR2": "DIR2"}; without a name a set is called after its folder."""
+    sets = {}
+    for item in items:
+        name, found, path = item.partition("=")
+        if not found or Path(item).exists():
+            name, path = Path(item).stem or item, item
+        if name in sets or name == "real":
+            raise UserError(f"--fake {item}: the name {name!r} is taken; give another with NAME={path}")
+        sets[name] = path
+    return sets
+
+
+def evaluate(args, scratch):
+    """Open, check, measure, compare. Returns the features and what was found, a dict for evaluation.json."""
+    names = named_sets(args.fake)
+    fakes = {name: open_source(path, scratch) for name, path in names.items()}
+    if Path(args.real).suffix == ".pt":
+        groups, measured_with = load_measured(args.real)
+        counts = {label: group.count for label, group in groups.items()}
+    else:
+        source, groups = open_source(args.real, scratch), None
+        counts = source.counts()
+    check_labels(args.real, counts, counts, args.per_label)
+    for name, fake in fakes.items():
+        check_labels(names[name], fake.counts(), counts, args.per_label)
+
+    features = choose_features(args, counts)
+    size = features.size if features else args.size or 256
+    about = {"features": features.text if features else "none", "resize": f"centre square, Pillow Lanczos to {size} x {size}"}
+    about |= {"keep": args.keep}
+
+    def measured(source):
+        source.size = size
+        few = len(source) < 500  # starting processes would take longer
+        workers = args.workers if args.workers is not None else 0 if few else min(8, os.cpu_count() or 1)
+        return measure(source, features, args.keep, args.batch, workers)
+
+    if groups is None:
+        groups = dict(measured(source))
+    elif measured_with != about:
+        raise UserError(f"{args.real}: measured with {measured_with}, not with {about}")
+    if args.save_real:
+        save_measured(args.save_real, groups, about)
+    everything = {"real": Measured()}
+    for group in groups.values():
+        everything["real"].absorb(group, min(1, args.keep / sum(counts.values())))
+
+    own, against_all = [], []  # the two columns of figure 5.5
+    colours = [colour_row("real", label, group) for label, group in groups.items() if args.per_label]
+    for name, fake in fakes.items():
+        everything[name] = Measured()
+        for label, group in measured(fake):
+            everything[name].absorb(group, min(1, args.keep / len(fake)))
+            if args.per_label:
+                colours.append(colour_row(name, label, group))
+            if args.per_label and features:
+                own.append({"label": label, "set": name, **compare(groups[label], group)})
+                against_all.append({"label": label, "set": name, **compare(everything["real"], group)})
+        if features:
+            against_all.append({"label": "all", "set": name, **compare(everything["real"], everything[name])})
+    colours += [colour_row(name, "all", group) for name, group in everything.items()]
+    order = [*counts, "all"]
+    own, against_all, colours = (
+        sorted((row for row in rows if row), key=lambda row: order.index(row["label"])) for rows in (own, against_all, colours)
+    )
+    return features, {
+        "real": args.real,
+        "sets": names,
+        **about,
+        "dimensions": everything["real"].kept.shape[1] if features else 0,
+        "sizes": {name: group.sizes for name, group in everything.items()},
+        "own": own,
+        "all": against_all,
+        "colour": colours,
+    }
+
+
+def colour_row(name, label, group):
+    means = group.colour_means()
+    return means and {"label": label, "set": name, "images": group.count, **means}
+
+
+def report(features, found, out):
+    """Tables on the terminal; evaluation.json and the figures in `out`."""
+    print(f"features: {found['features']}; images: {found['resize']}")
+    size = features.size if features else 0
+    for name, sizes in found["sizes"].items():
+        (w, h), (w_max, h_max) = sizes[0], sizes[-1]
+        if (w, h) != (w_max, h_max):
+            print(f"note: {name}: sizes from {w} x {h} to {w_max} x {h_max}; the centre square of each was resized")
+        if min(w, h) < size:
+            print(f"note: {name}: images of {w} x {h} were enlarged; details finer than that are not there to compare")
+    marks, d, panels = set(), found["dimensions"], []
+    for key, title in (("own", "Against the real images of the same label"), ("all", "Against all real images")):
+        if found[key]:
+            lines, more = distance_table(found[key], features, d)
+            marks |= more
+            print("", title, *lines, sep="\n")
+            panels.append((found[key], title))
+    print(*explain(marks, d), sep="\n", end="\n" if marks - {""} else "")
+    with whole_file(out / "evaluation.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1))
+    if panels:
+        name = features.frechet if features.frechet == "FID" else f"{features.frechet} distance, {features.name} features"
+        save_panels(out / "figure_5_5.png", [bars(rows, "frechet", f"{name}: {title.lower()}") for rows, title in panels])
+        name = features.kernel if features.kernel == "KID" else f"{features.kernel} distance, {features.name} features"
+        charts = [bars(rows, "kernel", f"{name}: {title.lower()}", "kernel_error") for rows, title in panels]
+        save_panels(out / "kernel_distance.png", charts)
+    if found["colour"]:
+        print("", "Distance from the label colour: of the pixels (fig. 5.6), of the mean (5.7); share nearest to it", sep="\n")
+        print(*colour_table(found["colour"]), sep="\n")
+        for figure, metric, title in ((6, "pixels", "Mean distance of the pixels"), (7, "mean", "Distance of the mean colour")):
+            charts = [bars(found["colour"], f"{metric}_{s}", f"{title} from the label colour, {s.upper()}") for s in SPACES]
+            save_panels(out / f"figure_5_{figure}.png", charts)
+
+
+def main():
+    args = parse()
+    if args.train_classifier:
+        share = train_letters_classifier(args.train_classifier)
+        print(f"{args.train_classifier}: names {share:.1%} of the letters of the validation fonts")
+        return
+    if not args.real or not args.fake:
+        raise UserError("--real SET and --fake SET are needed; python fid.py --help explains them")
+    if args.batch < 1 or args.keep < 4 or (args.size or 8) < 8 or (args.workers or 0) < 0:
+        raise UserError("--batch must be 1 or more, --keep 4 or more, --size 8 or more, --workers 0 or more")
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file of that name is there; expected a folder")
+    with tempfile.TemporaryDirectory() as scratch:
+        features, found = evaluate(args, scratch)
+    report(features, found, out)
+    print(f"\n{out}: evaluation.json and the figures")
+
+
+if __name__ == "__main__":
+    run_program(main)
