@@ -8,6 +8,7 @@ A set of images is packed once into a uint8 memory map; training then reads batc
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import json
 import multiprocessing
@@ -15,14 +16,24 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
+import time
+import warnings
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks between processes
+    fcntl = None
 
 ASSETS = Path(__file__).parent / "assets"
 ALPHABET = [chr(ord("A") + i) for i in range(26)]
@@ -198,12 +209,14 @@ def label_distances(colours, space="rgb", palette=COLOURS):
 
 @dataclass
 class ImageSet:
-    """images (N, H, W, C) uint8, C = 1 or 3, often a memory map; labels (N,); sources (N,): the font an image comes from."""
+    """images (N, H, W, C) uint8, C = 1 or 3, often a memory map; labels (N,); sources (N,): what an image comes from, a font
+    or a painting; classes: the names of the labels."""
 
     images: np.ndarray
     labels: np.ndarray
     sources: np.ndarray
     classes: list[str]
+    note: str = ""  # where the images come from, or which files were left out, for the report
 
     def batch(self, index, device="cpu"):
         """Images and labels of the rows `index`, an integer array: x (B, 3, H, W) in [-1, 1], y (B,), on `device`."""
@@ -233,7 +246,35 @@ class ImageSet:
             lines.append(f"  {counts[0]:,} a class: " + " ".join(self.classes))
         else:
             lines.append("  " + "  ".join(f"{name} {count:,}" for name, count in zip(self.classes, counts)))
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  {self.note}"] * bool(self.note))
+
+
+class Paintings(ImageSet):
+    """A set of images whose labels are the colours of table 4.1."""
+
+    def split(self, share=0.05, seed=0):
+        """E68: rows for training and for validation, seeded: `share` of every label, at least one image of it, whole sources.
+
+        The rarest label is served first. Where sources are many images each, a label may give up to twice its share, and
+        always keeps most of its images to train on; a label of a single source then has nothing to validate with.
+        """
+        sources, source = np.unique(self.sources, return_inverse=True)
+        counts = np.zeros((len(sources), len(self.classes)), np.int64)  # images of every source and label
+        np.add.at(counts, (source, self.labels), 1)
+        order = np.random.default_rng(seed).permutation(len(sources))
+        total = counts.sum(0)
+        wanted = np.where(total > 1, np.maximum(1, np.rint(share * total)), 0)
+        most = np.minimum(np.maximum(1, 2 * wanted), total // 2)
+        held_out, held = [], np.zeros_like(total)
+        for label in np.argsort(total, kind="stable"):
+            for i in order[counts[order, label] > 0]:
+                if held[label] >= wanted[label]:
+                    break
+                if (held + counts[i] <= most).all() and i not in held_out:
+                    held_out.append(i)
+                    held += counts[i]
+        validates = np.isin(source, held_out)
+        return np.flatnonzero(~validates), np.flatnonzero(validates)
 
 
 def open_letters(path=None):
@@ -254,8 +295,67 @@ def embedded_letters():
     return ImageSet(images, np.tile(np.arange(26), fonts), np.repeat(np.arange(fonts), 26), ALPHABET)
 
 
+def open_paintings(path=None, size=256):
+    """The training set of the first stage and of the latent model (4.2.2), size x size, labels in the order of table 4.1.
+
+    path: a folder of images, nested or flat; labels are those of its folders if these are named after the colours, else the
+    nearest colours in RGB. A `SOURCES.csv` in it (columns file, source) says which images must not be parted by the split;
+    without one, images of the same file name are one source. Packed on first use, see `pack_paintings`; or a folder that
+    `python data.py paintings` has packed. Raises UserError for a path that holds no such set.
+    """
+    root = Path(path).resolve()
+    if not root.is_dir():
+        raise UserError(f"{path}: no such folder; expected a folder of images, or one that python data.py paintings has packed")
+    if (root / "set.json").exists():
+        return read_packed(root, size)
+    return pack_paintings(root, packed_folder(root, size), size)
+
+
 # ------------------------------------------------------------------------------------------------------------------
-# Packing: any tree or npz -> images.npy, labels.npy, sources.npy, set.json
+# Which rows an update sees: functions of (seed, n), the same in every process
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def rng(*key):
+    """A CPU generator that is a function of `key`, whole numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+@lru_cache(maxsize=64)
+def permutation(n, *key):
+    return torch.randperm(n, generator=rng(*key)).numpy()
+
+
+def rows_of_update(seed, n, batch, size):
+    """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch.
+
+    With several processes, `batch` is that of all together and process r of R takes rows[r::R].
+    """
+    position = np.arange(n * batch, (n + 1) * batch)
+    return np.concatenate(
+        [permutation(size, seed, e, 1)[position[position // size == e] % size] for e in np.unique(position // size)]
+    )
+
+
+def balanced_rows_of_update(seed, n, batch, labels):
+    """4.2.2, against the un-balancing: like `rows_of_update`, but every label is seen equally often, however rare it is.
+
+    Labels take turns, so a batch has equal shares as far as its size allows; each goes through permutations of its own
+    images, so none returns before all of its label were seen. labels: (N,), of the images to draw from.
+    """
+    present = np.unique(labels)
+    position = np.arange(n * batch, (n + 1) * batch)
+    rows = np.empty(batch, np.int64)
+    for k, label in enumerate(present):
+        members = np.flatnonzero(labels == label)
+        turn = position % len(present) == k
+        epoch, draw = np.divmod(position[turn] // len(present), len(members))
+        rows[turn] = [members[permutation(len(members), seed, int(e), 4, k)[d]] for e, d in zip(epoch, draw)]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Packing: any images -> images.npy, labels.npy, sources.npy, set.json, and files.csv, which says what became of every file
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -268,13 +368,146 @@ def open_packed(path, size):
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     root = path.resolve() if path.is_file() else class_root(path.resolve())
-    state = {"size": size, "files": source_state(root)}
     folder = packed_folder(root, size)
+    pack_once(folder, {"size": size, "files": source_state(root)}, partial(pack_classes, root))
+    return read_packed(folder, size)
+
+
+def pack_once(folder, state, pack):
+    """Call pack(folder, state) unless `folder` holds that set. Of several processes of a machine one does; the others wait."""
+    if packed_state(folder) != state:
+        with locked(folder):
+            if packed_state(folder) != state:
+                pack(folder, state)
+
+
+def packed_state(folder):
     about = folder / "set.json"
-    if not about.exists() or json.loads(about.read_text())["state"] != state:
-        pack(root, size, state, folder)
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
-    return ImageSet(*arrays, json.loads(about.read_text())["classes"])
+    return json.loads(about.read_text())["state"] if about.exists() else None
+
+
+@contextlib.contextmanager
+def locked(folder):
+    key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    if fcntl is None:
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / f"color-diffusion-{os.getuid()}-{key}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def read_packed(folder, size):
+    """The packed set in `folder` over memory maps: Paintings if its labels are a palette's."""
+    try:
+        about = json.loads((folder / "set.json").read_text())
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
+        kind = Paintings if "palette" in about["state"] else ImageSet
+        packed = kind(*arrays, about["classes"], about["note"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: a packed set that cannot be read ({error}); remove it and pack again") from error
+    if packed.images.shape[1] != size:
+        raise UserError(f"{folder}: packed at {packed.images.shape[1]} pixels, not {size}; pack it again with --size {size}")
+    return packed
+
+
+def pack(folder, state, classes, shape, files, sources, results):
+    """Write a packed set to `folder`, whole or not at all. After an interruption the same call goes on where it stopped.
+
+    shape: of an image; files, sources: one name each for every file, or for every image where there are no files;
+    results: function start -> iterator over the files from `start` on, giving (image, label) or (None, why it is rejected).
+    """
+    growing = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        if not (growing / "state.json").exists() or json.loads((growing / "state.json").read_text()) != state:
+            if growing.exists():
+                _remove(growing)
+            growing.mkdir(parents=True)
+            (growing / "images.npy").touch()
+            (growing / "results.txt").touch()
+            (growing / "state.json").write_text(json.dumps(state))
+        found = grow(growing, shape, f"packing {folder.name}", len(files), results)
+        kept = np.array([isinstance(result, int) for result in found])
+        reasons = Counter(result.partition(":")[0] for result in found if isinstance(result, str))
+        note = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        if not kept.any():
+            raise UserError(f"{folder}: nothing to pack, all of {len(files):,} files were rejected: {note}")
+        rows = iter(range(len(found)))
+        with (growing / "files.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            table = csv.writer(file)
+            table.writerow(("file", "source", "row", "label", "rejected"))
+            for name, source, result in zip(files, sources, found):
+                what = (next(rows), classes[result], "") if isinstance(result, int) else ("", "", result)
+                table.writerow((name, source, *what))
+        np.save(growing / "labels.npy", np.array([result for result in found if isinstance(result, int)], np.int64))
+        np.save(growing / "sources.npy", np.unique(sources, return_inverse=True)[1][kept])
+        note = note and f"{len(found) - kept.sum():,} of {len(found):,} files rejected: {note} ({folder / 'files.csv'})"
+        (growing / "set.json").write_text(json.dumps({"classes": list(classes), "note": note, "state": state}))
+        if folder.exists():
+            _remove(folder)
+        os.replace(growing, folder)
+    except UserError:
+        _remove(growing)
+        raise
+    except OSError as error:  # a full disk, above all
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; the same command goes on from here") from error
+
+
+def grow(folder, shape, name, count, results):
+    """Append to folder/images.npy and results.txt until all `count` results are there; returns them.
+
+    A result is noted only when its image is safely on the disk, so neither a kill nor a power cut can part the two.
+    """
+    with (folder / "images.npy").open("r+b") as images, (folder / "results.txt").open("r+") as journal:
+        whole_lines = [line for line in journal if line.endswith("\n")]
+        found = [json.loads(line) for line in whole_lines]
+        journal.seek(0)
+        journal.truncate(sum(map(len, whole_lines)))
+        journal.seek(0, os.SEEK_END)
+        npy_header(images, 0, shape)
+        images.truncate(images.tell() + np.prod(shape) * sum(isinstance(result, int) for result in found))
+        images.seek(0, os.SEEK_END)
+        noted, clock = len(found), time.monotonic()
+
+        def note():
+            images.flush()
+            os.fsync(images.fileno())
+            journal.writelines(json.dumps(result) + "\n" for result in found[noted:])
+            journal.flush()
+            return len(found), time.monotonic()
+
+        with tqdm(total=count, initial=noted, desc=name, unit="image", disable=None) as bar:
+            try:
+                for image, result in results(noted):
+                    if image is not None:
+                        images.write(image.tobytes())
+                    found.append(result)
+                    bar.update()
+                    if time.monotonic() > clock + 1:
+                        noted, clock = note()
+            finally:
+                note()
+        npy_header(images, sum(isinstance(result, int) for result in found), shape)
+    return found
+
+
+def npy_header(file, count, shape):
+    """(Re)write the header of an .npy file of `count` uint8 arrays; numpy leaves room for the count to grow in place."""
+    file.seek(0)
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)})
+
+
+def in_processes(function, tasks, least, processes=None):
+    """map(function, tasks) over processes, in order; with fewer than `least` in this one, as starting them takes longer."""
+    if len(tasks) < least or processes == 1:
+        yield from map(function, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(processes, initializer=_ignore_interrupts) as pool:
+        yield from pool.imap(function, tasks, chunksize=max(1, least // 16))
+
+
+def _ignore_interrupts():  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def packed_folder(root, size):
@@ -314,24 +547,15 @@ def source_state(root):
     return [[folder.name, folder.stat().st_mtime_ns] for folder in subfolders(root)]
 
 
-def pack(root, size, state, folder):
-    """Decode every image once and write the packed set to `folder`, whole or not at all."""
-    classes, names, labels, count, images = read_npz(root) if root.is_file() else read_tree(root)
+def pack_classes(root, folder, state):
+    """Pack a tree of class folders, or an .npz."""
+    classes, files, labels, sources, channels, images = (read_npz if root.is_file() else read_tree)(root, state["size"])
     check_alphabet(root, classes)
-    with whole_file(folder) as temporary:
-        temporary.mkdir()
-        # written in order, not through a map: a full disk is then an error that can be reported
-        with (temporary / "images.npy").open("wb") as file:
-            for i, image in enumerate(tqdm(images(size), f"packing {root.name}", count, unit="image", disable=None)):
-                if i == 0:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *image.shape)}
-                    np.lib.format.write_array_header_1_0(file, header)
-                file.write(image.tobytes())
-        np.save(temporary / "labels.npy", np.asarray(labels, np.int64))
-        np.save(temporary / "sources.npy", sources_of(names, labels))
-        (temporary / "set.json").write_text(json.dumps({"classes": classes, "state": state}))
-        if folder.exists():
-            shutil.rmtree(folder)
+
+    def results(start):
+        return zip(images(start), labels[start:].tolist())
+
+    pack(folder, state, classes, (state["size"], state["size"], channels), files, sources, results)
 
 
 def check_alphabet(root, classes):
@@ -359,8 +583,8 @@ def sources_of(names, labels):
     return sources
 
 
-def read_tree(root):
-    """A folder of class folders -> (classes, file names, labels, count, function size -> iterator of arrays)."""
+def read_tree(root, size):
+    """A folder of class folders -> (classes, files, labels, sources, channels, function start -> iterator of arrays)."""
     classes, files, labels, firsts = [], [], [], []
     for folder in subfolders(root):
         inside = sorted(file for file in folder.iterdir() if is_image(file))
@@ -370,26 +594,10 @@ def read_tree(root):
         classes.append(folder.name)
         files += inside
         firsts.append(inside[0])
-    mode = "L" if all(open_image(file).mode in ("1", "L", "LA", "I;16") for file in firsts) else "RGB"
-
-    def images(size):
-        tasks = ((file, size, mode) for file in files)
-        if len(files) < 2000:  # starting processes would take longer
-            yield from map(_load, tasks)
-            return
-        with multiprocessing.get_context("spawn").Pool(initializer=_ignore_interrupts) as pool:
-            yield from pool.imap(_load, tasks, chunksize=256)
-
-    return classes, [file.stem for file in files], labels, len(files), images
-
-
-def _ignore_interrupts():  # Ctrl-C is the parent's to handle
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _load(task):
-    file, size, mode = task
-    return load_image(file, size, mode)
+    grey = all(open_image(file).mode in ("1", "L", "LA", "I;16") for file in firsts)
+    load = partial(load_image, size=size, mode="L" if grey else "RGB")
+    names, sources = [file.relative_to(root) for file in files], sources_of([file.stem for file in files], labels)
+    return classes, names, np.array(labels), sources, 1 if grey else 3, lambda start: in_processes(load, files[start:], 2000)
 
 
 def open_image(file):
@@ -408,7 +616,7 @@ def load_image(file, size, mode="RGB"):
     return np.asarray(image).reshape(size, size, -1)
 
 
-def read_npz(path):
+def read_npz(path, size):
     """An .npz with `images` (N, H, W) or (N, H, W, C) uint8 and `labels` (N,), as `read_tree` returns it."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -430,14 +638,137 @@ def read_npz(path):
         classes = [ALPHABET[value] for value in values]
     array = array.reshape(*array.shape[:3], -1)
 
-    def images(size):
-        for image in array:
-            same = image.shape[:2] == (size, size)
-            yield (
-                image if same else np.asarray(crop_and_resize(Image.fromarray(image.squeeze()), size)).reshape(size, size, -1)
-            )
+    def images(start):
+        for image in array[start:]:
+            if image.shape[:2] != (size, size):
+                image = np.asarray(crop_and_resize(Image.fromarray(image.squeeze()), size)).reshape(size, size, -1)
+            yield image
 
-    return classes, None, numbers, len(array), images
+    return classes, range(len(array)), numbers, sources_of(None, numbers), array.shape[-1], images
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Paintings: any folder of images -> a packed set with colour labels
+# ------------------------------------------------------------------------------------------------------------------
+
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: above, Pillow takes a file for a decompression bomb, and so do we
+
+
+def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=None):
+    """4.2.2, 4.2.3: decode, crop, resize, reject and label every image below `root`; write the packed set to `folder`, once.
+
+    files.csv in `folder` has every file's label, or why it was rejected. One bad file stops nothing; an interrupted call goes
+    on when it is repeated. The set counts as changed when a file is added to or removed from its folders, or SOURCES.csv is
+    edited. processes: None = one a core. Returns the set; raises UserError where there is nothing to pack.
+    """
+    tree = [(path, names) for path, _, names in walk(root)]
+    dates = [path for path, _ in tree] + [root / "SOURCES.csv"] * (root / "SOURCES.csv").exists()
+    dates = sorted([str(path.relative_to(root)), path.stat().st_mtime_ns] for path in dates)
+    state = {"size": size, "space": space, "palette": {name: list(rgb) for name, rgb in palette.items()}, "files": dates}
+
+    def pack_tree(folder, state):
+        files = sorted((path / name).relative_to(root) for path, names in tree for name in names)
+        if not files:
+            raise UserError(f"{root}: no images in it or below it (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
+        tasks = [(root / file, label) for file, label in zip(files, folder_labels(root, files, palette))]
+        read = partial(read_painting, size=size, space=space, palette=palette)
+
+        def results(start):
+            return in_processes(read, tasks[start:], 256, processes)
+
+        pack(folder, state, list(palette), (size, size, 3), files, source_names(root, files), results)
+
+    pack_once(folder, state, pack_tree)
+    return read_packed(folder, size)
+
+
+def walk(root):
+    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders."""
+    for path, folders, files in os.walk(root):
+        inside = {folder.name for folder in subfolders(Path(path))}
+        folders[:] = [name for name in folders if name in inside]
+        yield Path(path), folders, [name for name in files if is_image(Path(name))]
+
+
+def folder_labels(root, files, palette):
+    """The labels of a labelled tree: numbers in the order of the palette, whatever the alphabet says (E40); else all None."""
+    numbers = {name.lower(): number for number, name in enumerate(palette)}
+    labels = [next((numbers[part.lower()] for part in file.parts[:-1] if part.lower() in numbers), None) for file in files]
+    if None in labels and len(set(labels)) > 2:
+        odd = files[labels.index(None)]
+        raise UserError(
+            f"{root}: folders are named after colours, but {odd} is in none of them; move it, or rename the folders"
+        )
+    return [None] * len(files) if None in labels else labels
+
+
+def source_names(root, files):
+    """What every file comes from: its `source` in SOURCES.csv, looked up by path or name; without a row, its own name.
+
+    So a painting that is in two folders under the same name, as WikiArt has them, is one source.
+    """
+    known = {}
+    if (root / "SOURCES.csv").exists():
+        with (root / "SOURCES.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        if rows and not {"file", "source"} <= rows[0].keys():
+            raise UserError(f"{root / 'SOURCES.csv'}: expected the columns file and source, found {', '.join(rows[0])}")
+        known = {row["file"]: row["source"] for row in rows}
+    return [known.get(file.as_posix(), known.get(file.name, file.stem)) for file in files]
+
+
+def read_painting(task, size, space="rgb", palette=COLOURS):
+    """One file as a uint8 array (size, size, 3) with its label, or (None, why it is rejected). task: (file, label or None)."""
+    file, label = task
+    try:
+        image = decode(file, size)
+    except UserError as error:
+        return None, str(error)
+    except Exception as error:  # damaged files raise whatever the decoder stumbles on; none may stop the job
+        return None, f"damaged: {error}"
+    if is_plain(image):
+        return None, "plain"
+    image = np.asarray(image)
+    return image, int(nearest_colour(mean_colour(image, space), space, palette)) if label is None else label
+
+
+def decode(file, size):
+    """The centre of an image file of any kind as an 8-bit RGB Pillow image, size x size. UserError: why it is rejected.
+
+    Cameras' rotation is applied, transparent pixels lie on white paper, 16-bit values are scaled. JPEGs far larger than
+    needed are decoded at an eighth to a half of their size.
+    """
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")  # large but not too large, odd metadata
+        try:
+            image = stack.enter_context(Image.open(file))
+        except Image.DecompressionBombError:
+            raise UserError(f"too large: more than {MOST_PIXELS:,} pixels") from None
+        except UnidentifiedImageError:
+            raise UserError("empty file" if file.stat().st_size == 0 else "not an image") from None
+        if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
+            raise UserError(f"animated: {image.n_frames} frames")
+        image.draft(None, (2 * size, 2 * size))
+        if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+            raise UserError("32-bit pixels: which value is white is not known")
+        if image.mode.startswith("I"):
+            image = Image.fromarray(np.rint(np.asarray(image) * (255 / 65535)).astype(np.uint8))
+        if image.has_transparency_data:
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
+        return crop_and_resize(ImageOps.exif_transpose(image).convert("RGB"), size)
+
+
+def is_plain(image):
+    """4.2.2: "images that portray only one plain color". At 64 x 64, in LAB, with Delta-E 76:
+
+        standard deviation over all three axes < 5,   or   Delta-E to the median colour < 6 for more than 95 % of the pixels
+
+    Survives noise, vignettes, the texture of a canvas (first half) and a small signature (second half).
+    """
+    lab = rgb_to_lab(np.asarray(image.resize((64, 64), Image.Resampling.BOX))).reshape(-1, 3)
+    deviation = np.sqrt(lab.var(0).sum())
+    return bool(deviation < 5 or (np.linalg.norm(lab - np.median(lab, 0), axis=1) < 6).mean() > 0.95)
 
 
 # ------------------------------------------------------------------------------------------------------------------

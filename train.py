@@ -15,14 +15,13 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import UserError, chart, open_letters, run_program, whole_file
+from data import UserError, chart, open_letters, rng, rows_of_update, run_program, whole_file
 from ddpm import SCHEDULES, drop_labels
 from ldm import build_letters, load_weights, read_checkpoint, save_model, write_checkpoint
 from sample import best_device, check_device, label_grid
@@ -190,24 +189,6 @@ def mixed_precision(settings):
 # ------------------------------------------------------------------------------------------------------------------
 # The stage: what a loss, a validation loss and a preview are
 # ------------------------------------------------------------------------------------------------------------------
-
-
-def rng(*key):
-    """A CPU generator that is a function of `key`, whole numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-@lru_cache(maxsize=2)
-def permutation(seed, epoch, n):
-    return torch.randperm(n, generator=rng(seed, epoch, 1)).numpy()
-
-
-def rows_of_update(seed, n, batch, size):
-    """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch."""
-    position = np.arange(n * batch, (n + 1) * batch)
-    return np.concatenate(
-        [permutation(seed, e, size)[position[position // size == e] % size] for e in np.unique(position // size)]
-    )
 
 
 class LettersStage:
