@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -441,37 +441,48 @@ def frechet_distance(a, b):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def kernel_distance(x, y, chunk=1000):
+CHUNK = 256  # rows of a kernel or distance matrix at a time
+
+
+def parts(x):
+    return (x[i : i + CHUNK].double() for i in range(0, len(x), CHUNK))
+
+
+def kernel(x, y):
+    """The kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kernel_sums(x):
+    """sum_{j != i} k(x_i, x_j) for every i."""
+    all_x = x.double()
+    return torch.cat([kernel(part, all_x).sum(1) - (part.square().mean(1) + 1) ** 3 for part in parts(x)])
+
+
+def kernel_distance(x, y, x_sums=None, y_sums=None):
     """Squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
 
-        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j),     k(x, y) = (x . y / d + 1)^3
+        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-    The kernel of KID. Being unbiased, it can come out below 0. The standard error is the jackknife's: the spread of the
-    values found with one image left out, which the row sums of k give at once.
-    x: (m, d), y: (n, d). Returns (value, standard error), NaN with fewer than 2 (3 for the error) images.
+    Being unbiased, it can come out below 0. The standard error is the jackknife's: the spread of the values found with one
+    image left out, which the row sums of k give at once.
+    x: (m, d), y: (n, d); x_sums, y_sums: their `kernel_sums` where known. Returns (value, standard error), NaN for a value
+    from fewer than 2 images or an error from fewer than 3.
     """
-    x, y = x.double(), y.double()
-    m, n, d = len(x), len(y), x.shape[1]
+    m, n = len(x), len(y)
     if min(m, n) < 2:
         return math.nan, math.nan
-    xx, yy, xy, yx = torch.zeros(m), torch.zeros(n), torch.zeros(m), torch.zeros(n)
-    xx, yy, xy, yx = xx.double(), yy.double(), xy.double(), yx.double()  # sums over one argument
+    xx = kernel_sums(x) if x_sums is None else x_sums
+    yy = kernel_sums(y) if y_sums is None else y_sums
+    xy, yx, all_y = [], 0, y.double()  # sums over y for every x, and over x for every y
+    for part in parts(x):
+        k = kernel(part, all_y)
+        xy.append(k.sum(1))
+        yx = yx + k.sum(0)
+    xy = torch.cat(xy)
 
-    def k(u, v):
-        return (u @ v.T / d + 1) ** 3
-
-    for i in range(0, m, chunk):
-        rows = slice(i, i + chunk)
-        xx[rows] = k(x[rows], x).sum(1) - (x[rows].square().sum(1) / d + 1) ** 3
-        cross = k(x[rows], y)
-        xy[rows] = cross.sum(1)
-        yx += cross.sum(0)
-    for i in range(0, n, chunk):
-        rows = slice(i, i + chunk)
-        yy[rows] = k(y[rows], y).sum(1) - (y[rows].square().sum(1) / d + 1) ** 3
-
-    within_x, within_y, between = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1)), xy.sum() / (m * n)
-    value = within_x + within_y - 2 * between
+    within_x, within_y = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1))
+    value = within_x + within_y - 2 * xy.sum() / (m * n)
     if min(m, n) < 3:
         return value.item(), math.nan
     without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) + within_y - 2 * (xy.sum() - xy) / ((m - 1) * n)  # (m,)
@@ -487,28 +498,31 @@ def squared_distances(x, y):
     return distances.where(distances > 1e-12 * lengths, 0.0)
 
 
-def precision_recall(real, fake, k=3, chunk=1000):
+NEIGHBOURS = 3
+
+
+def squared_radii(x):
+    """The squared distance of every feature to its third nearest other one; the nearest of all is itself."""
+    all_x = x.double()
+    return torch.cat([squared_distances(part, all_x).kthvalue(NEIGHBOURS + 1).values for part in parts(x)])
+
+
+def precision_recall(real, fake, real_radii=None, fake_radii=None):
     """Improved precision and recall: is what was generated realistic, and is all that is real generated?
 
-    The support of a set is taken as the union of balls around its features, each reaching to the k-th nearest other feature.
+    The support of a set is taken as the union of balls around its features, each reaching to the third nearest other feature.
     precision = share of the fake features inside the support of the real ones, recall = the reverse.
-    real: (m, d), fake: (n, d). Returns (precision, recall), NaN where a set has no more than k images.
+    real: (m, d), fake: (n, d); their `squared_radii` where known. Returns (precision, recall), NaN where a set has no more
+    than three images.
     """
-    real, fake = real.double(), fake.double()
-    if min(len(real), len(fake)) <= k:
+    if min(len(real), len(fake)) <= NEIGHBOURS:
         return math.nan, math.nan
 
-    def parts(x):
-        return (x[i : i + chunk] for i in range(0, len(x), chunk))
-
-    def radii(x):
-        return torch.cat([squared_distances(part, x).kthvalue(k + 1).values for part in parts(x)])  # the first is x itself
-
     def share_inside(points, centres, radii):
-        inside = sum((squared_distances(part, centres) <= radii).any(1).sum().item() for part in parts(points))
-        return inside / len(points)
+        radii, centres = squared_radii(centres) if radii is None else radii, centres.double()
+        return sum((squared_distances(p, centres) <= radii).any(1).sum().item() for p in parts(points)) / len(points)
 
-    return share_inside(fake, real, radii(real)), share_inside(real, fake, radii(fake))
+    return share_inside(fake, real, real_radii), share_inside(real, fake, fake_radii)
 
 
 @torch.no_grad()
@@ -528,6 +542,7 @@ def kernel_distance_of_images(images, real_features, features, batch=64):
 # ------------------------------------------------------------------------------------------------------------------
 
 SPACES = ("rgb", "lab")
+COLOUR_ORDER = {name: i for i, name in enumerate(COLOURS)}
 COLOUR_METRICS = [f"{metric}_{space}" for space in SPACES for metric in ("pixels", "mean", "nearest")]
 
 
@@ -603,9 +618,6 @@ class Source(Dataset):
         label = self.classes[self.labels[row]]
         colours = colour_distances(image, label) if label in COLOURS else np.full(len(COLOUR_METRICS), np.nan)
         return torch.from_numpy(image.copy()), torch.from_numpy(colours), torch.tensor(shape)
-
-
-COLOUR_ORDER = {name: i for i, name in enumerate(COLOURS)}
 
 
 def open_source(path, scratch):
@@ -706,8 +718,17 @@ class Measured:
     @property
     def kept(self):
         """(m, d): a random sample of the features, all of them where there are few."""
-        self._kept = [torch.cat(self._kept)]
+        if len(self._kept) > 1:
+            self._kept = [torch.cat(self._kept)]
         return self._kept[0]
+
+    @cached_property
+    def kernel_sums(self):
+        return kernel_sums(self.kept)
+
+    @cached_property
+    def squared_radii(self):
+        return squared_radii(self.kept) if len(self.kept) > NEIGHBOURS else None
 
     def add(self, features, colours, sizes, keep):
         """A batch; features: None where none are wanted. The first `keep` are kept: rows come in random order."""
@@ -793,13 +814,13 @@ def load_measured(path):
 
 def compare(real, fake):
     """All distances between two Measured, with both counts."""
-    kernel, error = kernel_distance(real.kept, fake.kept)
-    precision, recall = precision_recall(real.kept, fake.kept)
+    value, error = kernel_distance(real.kept, fake.kept, real.kernel_sums, fake.kernel_sums)
+    precision, recall = precision_recall(real.kept, fake.kept, real.squared_radii, fake.squared_radii)
     return {
         "images": fake.count,
         "real": real.count,
         "frechet": frechet_distance(real.statistics, fake.statistics),
-        "kernel": kernel,
+        "kernel": value,
         "kernel_error": error,
         "precision": precision,
         "recall": recall,
@@ -977,7 +998,7 @@ def choose_features(args, classes):
 def check_labels(name, counts, real, per_label):
     """Refuse before anything is computed: too few images, or labels that are on one side only. counts: label -> images."""
     if sum(counts.values()) < 2:
-        raise UserError(f"{name}: 1 image; a covariance needs at least 2")
+        raise UserError(f"{name}: only {sum(counts.values())} image; a covariance needs at least 2")
     if not per_label:
         return
     if list(counts) == ["all"]:
@@ -997,7 +1018,7 @@ def named_sets(items):
     for item in items:
         name, found, path = item.partition("=")
         if not found or Path(item).exists():
-            name, path = Path(item).stem or item, item
+            name, path = Path(item).name, item
         if name in sets or name == "real":
             raise UserError(f"--fake {item}: the name {name!r} is taken; give another with NAME={path}")
         sets[name] = path
@@ -1091,9 +1112,11 @@ def report(features, found, out):
             marks |= more
             print("", title, *lines, sep="\n")
             panels.append((found[key], title))
-    print(*explain(marks, d), sep="\n", end="\n" if marks - {""} else "")
+    for line in explain(marks, d):
+        print(line)
     with whole_file(out / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=1))
+        plain = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN
+        temporary.write_text(json.dumps(plain, indent=1))
     if panels:
         name = features.frechet if features.frechet == "FID" else f"{features.frechet} distance, {features.name} features"
         save_panels(out / "figure_5_5.png", [bars(rows, "frechet", f"{name}: {title.lower()}") for rows, title in panels])
