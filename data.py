@@ -137,6 +137,7 @@ COLOURS = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
 }
+TABLE_4_1 = (2586, 2493, 388, 4098, 142, 647, 3531, 5889)  # the thesis's images of every label, 19,774 in all (E36)
 # IEC 61966-2-1: linear sRGB -> XYZ for the white point D65, which is the image of (1, 1, 1)
 RGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
 D65 = RGB_TO_XYZ.sum(1)
@@ -298,11 +299,16 @@ def embedded_letters():
 def open_paintings(path=None, size=256):
     """The training set of the first stage and of the latent model (4.2.2), size x size, labels in the order of table 4.1.
 
-    path: a folder of images, nested or flat; labels are those of its folders if these are named after the colours, else the
-    nearest colours in RGB. A `SOURCES.csv` in it (columns file, source) says which images must not be parted by the split;
-    without one, images of the same file name are one source. Packed on first use, see `pack_paintings`; or a folder that
-    `python data.py paintings` has packed. Raises UserError for a path that holds no such set.
+    path: None for pictures of the embedded painter, painted once and kept in the user's cache; or a folder of images, nested
+    or flat: labels are those of its folders if these are named after the colours, else the nearest colours in RGB. A
+    `SOURCES.csv` in it (columns file, source) says which images must not be parted by the split; without one, images of the
+    same file name are one source. Packed on first use, see `pack_paintings`; or a folder that `python data.py paintings` has
+    packed. Raises UserError for a path that holds no such set.
     """
+    if path is None:
+        painted = paint_set(Path.home() / ".cache" / "color-diffusion" / f"painted.packed{size}", size)
+        painted.note = "painted by data.py, as there is no --data; see it with python data.py paintings"
+        return painted
     root = Path(path).resolve()
     if not root.is_dir():
         raise UserError(f"{path}: no such folder; expected a folder of images, or one that python data.py paintings has packed")
@@ -411,7 +417,7 @@ def read_packed(folder, size):
     return packed
 
 
-def pack(folder, state, classes, shape, files, sources, results):
+def pack(folder, state, classes, shape, files, sources, results, verb="packing"):
     """Write a packed set to `folder`, whole or not at all. After an interruption the same call goes on where it stopped.
 
     shape: of an image; files, sources: one name each for every file, or for every image where there are no files;
@@ -426,7 +432,7 @@ def pack(folder, state, classes, shape, files, sources, results):
             (growing / "images.npy").touch()
             (growing / "results.txt").touch()
             (growing / "state.json").write_text(json.dumps(state))
-        found = grow(growing, shape, f"packing {folder.name}", len(files), results)
+        found = grow(growing, shape, f"{verb} {folder.name}", len(files), results)
         kept = np.array([isinstance(result, int) for result in found])
         reasons = Counter(result.partition(":")[0] for result in found if isinstance(result, str))
         note = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
@@ -769,6 +775,339 @@ def is_plain(image):
     lab = rgb_to_lab(np.asarray(image.resize((64, 64), Image.Resampling.BOX))).reshape(-1, 3)
     deviation = np.sqrt(lab.var(0).sum())
     return bool(deviation < 5 or (np.linalg.norm(lab - np.median(lab, 0), axis=1) < 6).mean() > 0.95)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The embedded painter: abstract pictures dominated by a colour, for those who have no paintings at hand
+# ------------------------------------------------------------------------------------------------------------------
+
+PAINTER = 1  # to be raised when its pictures change: kept ones are then painted anew
+PIGMENTS = {
+    "ivory black": (28, 26, 30), "titanium white": (248, 245, 236), "raw umber": (93, 66, 46), "burnt sienna": (150, 62, 26),
+    "yellow ochre": (204, 153, 51), "cadmium yellow": (255, 222, 40), "cadmium orange": (238, 118, 24),
+    "vermilion": (224, 58, 44), "alizarin": (140, 22, 48), "rose": (232, 150, 158), "ultramarine": (30, 40, 138), "cobalt": (0, 88, 180),
+    "cerulean": (92, 170, 214), "turquoise": (60, 176, 164), "viridian": (24, 104, 84), "sap green": (120, 150, 50),
+    "dioxazine violet": (84, 38, 116), "lilac": (188, 164, 208), "naples yellow": (250, 216, 156), "warm grey": (146, 138, 130),
+}  # fmt: skip
+
+
+def paint(seed, label, size=256):
+    """An abstract picture whose mean colour is nearest to that of `label`, a number: (size, size, 3) uint8.
+
+    A function of its arguments: a composition, drawn by lot, of a few strokes in mixtures of that colour and a few accents.
+    """
+    rng = np.random.default_rng([seed, label])
+    easel = Easel(rng, size * 3 // 2, list(COLOURS.values())[label])
+    composition = COMPOSITIONS[rng.integers(len(COMPOSITIONS))]
+    composition(easel)
+    upright = composition in (soft_fields, zips)
+    angle = rng.normal(0, 0.06) + rng.integers(4) * np.pi / 2 if upright else rng.uniform(0, 2 * np.pi)
+    c, s, n = np.cos(angle), np.sin(angle), easel.n
+    side = n / (abs(c) + abs(s)) * rng.uniform(0.8, 1)  # the largest square so turned, and a little closer
+    k, left, top = side / size, (n - side * (c - s)) / 2, (n - side * (s + c)) / 2
+    affine = (k * c, -k * s, left, k * s, k * c, top)
+    picture = Image.fromarray(easel.finished())
+    picture = picture.transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC)
+    return glaze(np.asarray(picture), label)
+
+
+def smooth(low, high, t):
+    """0 below `low`, 1 above `high`, smooth between."""
+    t = np.clip((t - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+class Easel:
+    """A canvas of n x n pixels, the colours for it and the strokes. x and y run from -1 to 1; `paint` is RGB and a relief."""
+
+    def __init__(self, rng, n, colour):
+        self.rng, self.n = rng, n
+        self.y, self.x = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
+        self.paint = np.zeros((n, n, 4), np.float32)
+        # mixtures: darker and lighter, each with a touch of some pigment; accents: pigments, rather far from the colour
+        colour, pigments = np.array(colour, np.float32), np.array(list(PIGMENTS.values()), np.float32)
+        darkest = 0.55 - 0.4 * colour @ (0.2, 0.6, 0.2) / 255
+        steps = rng.permutation(np.linspace(-darkest, 0.6, 6) + rng.uniform(-0.1, 0.1, 6))[:, None].astype(np.float32)
+        shades = colour + np.abs(steps) * (np.where(steps < 0, 0, 255) - colour)
+        self.mixtures = shades + rng.uniform(0, 0.3, (6, 1)).astype(np.float32) * (rng.choice(pigments, 6) - shades)
+        distance = label_distances(rgb_to_lab(pigments), "lab", {"": colour})[:, 0]
+        self.accents = rng.choice(pigments, rng.integers(2, 5), replace=False, p=distance / distance.sum())
+
+    def colour(self, accent=0.3):
+        """An accent with that probability, else something between two mixtures."""
+        if self.rng.uniform() < accent:
+            return self.rng.choice(self.accents)
+        a, b = self.rng.choice(self.mixtures, 2)
+        return a + (b - a) * self.rng.uniform()
+
+    def noise(self, across, down=None, shape=None):
+        """Smooth noise, about 0 to 1, of so many cells; on the whole canvas or an array of `shape`."""
+        height, width = shape or (self.n, self.n)
+        across, down = int(across), int(down or across)
+        small = Image.fromarray(self.rng.uniform(0, 1, (down + 2, across + 2)).astype(np.float32))
+        box = (0.5, 0.5, across + 1.5, down + 1.5)
+        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC, box))
+
+    def cloud(self, cells, octaves=4):
+        return sum(self.noise(cells << k) * 0.5**k for k in range(octaves)) / (2 - 0.5 ** (octaves - 1))
+
+    def ramp(self, t, colours):
+        """The colours along t, 0 to 1."""
+        places = np.linspace(0, len(colours) - 1, 256)
+        table = np.stack([np.interp(places, range(len(colours)), channel) for channel in np.transpose(colours)], 1)
+        return table.astype(np.float32)[np.clip(t * 255, 0, 255).astype(np.uint8)]
+
+    def window(self, left, top, right, bottom):
+        a, b, c, d = (int(np.clip((v + 1) / 2 * self.n, 0, self.n)) for v in (top, bottom + 0.02, left, right + 0.02))
+        return slice(a, b), slice(c, d)
+
+    def lay(self, colour, alpha, relief, window=(slice(None), slice(None))):
+        """Paint over what is in the window; an alpha of 1 covers it."""
+        under = self.paint[window]
+        under[..., :3] += alpha[..., None] * (colour - under[..., :3])
+        under[..., 3] += alpha * (relief - under[..., 3])
+
+    def ground(self, contrast=1.0):
+        """A brushed ground: streaks in one direction over clouds."""
+        r = self.rng
+        streak = 0.6 * self.noise(r.integers(2, 9), r.integers(40, 110)) + 0.4 * self.noise(
+            r.integers(1, 4), r.integers(10, 40)
+        )
+        t = 0.5 + contrast * (r.uniform(0.5, 1.8) * (self.cloud(2, 3) - 0.5) + r.uniform(0.3, 1) * (streak - 0.5))
+        self.lay(self.ramp(t, r.permutation(self.mixtures)[:4]), np.ones_like(t), streak)
+
+    def stroke(self, x, y, radius, start, sweep, width, colour, dry=0.8):
+        """A loaded brush along an arc about (x, y); its bristles run dry one by one. A sweep of 2 pi is a circle."""
+        ends = start + sweep * np.linspace(0, 1, 24)
+        path = np.stack([x + radius * np.cos(ends), y + radius * np.sin(ends)])
+        w = self.window(*(path.min(1) - width), *(path.max(1) + width))
+        dx, dy = self.x[w] - np.float32(x), self.y[w] - np.float32(y)
+        if not dx.size:
+            return
+        u = (np.arctan2(dy, dx) - np.float32(start)) % np.float32(2 * np.pi) / np.float32(sweep)  # along the stroke, 0 to 1
+        v = (np.hypot(dx, dy) - np.float32(radius)) / np.float32(width)  # across, -1 to 1
+        column = np.clip(u * 255, 0, 255).astype(np.int32)
+        v += 0.12 * (self.noise(7, 1, shape=(1, 256))[0] - 0.5)[column]  # the hand is not quite steady
+        hairs = max(6, width * self.n / 5)
+        brush = 0.65 * self.noise(5, hairs, shape=(128, 256)) + 0.35 * self.noise(24, hairs, shape=(128, 256))
+        bristle = brush[np.clip((v + 1) * 63.5, 0, 127).astype(np.int32), column]
+        alpha = smooth(0, 6 / (width * self.n), 1 - np.abs(v) - 0.15 * (bristle < 0.4))
+        alpha *= smooth(0, 0.2, bristle + 0.35 - 1.2 * dry * u**1.5)
+        if sweep < 6.2:
+            alpha *= (u < 1 - 0.12 * bristle) * smooth(0, 0.03, u - 0.05 * bristle)
+        second = colour + self.rng.normal(0, 22, 3)
+        self.lay(self.ramp(1.3 * bristle - 0.15, [colour, second]), alpha, 1.6 * bristle, w)
+
+    def gesture(self, reach=1.0, accent=0.3):
+        """A stroke of the arm, somewhere, more or less bent."""
+        r = self.rng
+        radius, width, angle = r.uniform(0.5, 3) * reach, r.uniform(0.03, 0.22) * reach, r.uniform(0, 2 * np.pi)
+        x, y = r.uniform(-0.8, 0.8, 2) - radius * np.array([np.cos(angle), np.sin(angle)])
+        sweep = min(5, r.uniform(0.6, 1.8) * reach / radius)
+        self.stroke(x, y, radius, angle - sweep / 2, sweep, width, self.colour(accent), r.uniform(0.3, 1.3))
+
+    def field(self, x, y, half_width, half_height, colour, soft, opacity):
+        """A soft-edged rectangle of thin paint."""
+        wash = self.cloud(3)
+        edge = np.minimum(half_width - np.abs(self.x - x), half_height - np.abs(self.y - y)) + 0.12 * (self.cloud(5, 3) - 0.5)
+        self.lay(colour + 60 * (wash[..., None] - 0.5), smooth(0, soft, edge) * opacity * (0.75 + 0.4 * wash), wash)
+
+    def blob(self, x, y, size, colour, soft=0.01):
+        """A rounded shape of brushed paint."""
+        w = self.window(x - 1.7 * size, y - 1.7 * size, x + 1.7 * size, y + 1.7 * size)
+        dx, dy = self.x[w] - np.float32(x), self.y[w] - np.float32(y)
+        angle, edge = np.arctan2(dy, dx), 1 - np.hypot(dx, dy) / np.float32(size)
+        for k in (1, 2, 3, 5):
+            edge += np.float32(self.rng.normal(0, 0.25 / k)) * np.cos(k * angle + np.float32(self.rng.uniform(0, 6.3)))
+        hair = self.noise(3, 40 * size + 3, shape=dx.shape)
+        self.lay(colour + 45 * (hair[..., None] - 0.5), smooth(0, soft / size, edge + 0.1 * (hair - 0.5)), 0.8 + 0.7 * hair, w)
+
+    def drawn(self, draw):
+        """Lay what draw(shape, points or box, colour, ...) draws with Pillow, anti-aliased."""
+        sheet, mask = (Image.new(mode, (2 * self.n, 2 * self.n)) for mode in ("RGB", "L"))
+        pens = ImageDraw.Draw(sheet), ImageDraw.Draw(mask)
+
+        def both(shape, xy, colour, *more):
+            for pen, ink in zip(pens, (tuple(np.clip(colour, 0, 255).astype(int)), 255)):
+                getattr(pen, shape)([tuple(point) for point in (np.asarray(xy) + 1) * self.n], ink, *more)
+
+        draw(both)
+        alpha = np.asarray(mask.reduce(2), np.float32) / 255
+        self.lay(np.asarray(sheet.reduce(2), np.float32) / np.maximum(alpha, 1 / 255)[..., None], alpha, 0.6 + 0.8 * alpha)
+
+    def splatter(self, drops, accent=0.5):
+        """Thrown paint: many drops of two colours, a few of them large."""
+        r, colours = self.rng, [self.colour(accent), self.colour(accent)]
+        places = r.uniform(-0.7, 0.7, 2) + r.normal(0, r.uniform(0.15, 0.6), (drops, 2))
+        sizes = np.minimum(0.003 + 0.004 * r.pareto(1.5, drops), 0.07)
+
+        def draw(pen):
+            for i, (place, size) in enumerate(zip(places, sizes)):
+                pen("ellipse", [place - size, place + size], colours[i % 2])
+
+        self.drawn(draw)
+
+    def drips(self, threads, accent=0.5, width=0.01):
+        """Threads of thrown paint, thick where the hand was slow."""
+        r, t = self.rng, np.linspace(0, 2 * np.pi, 140)
+
+        def draw(pen):
+            for _ in range(threads):
+                turns = (r.normal(0, 0.8 / k, (2, 1)) * np.sin(k * t + r.uniform(0, 6.3, (2, 1))) for k in (1, 2, 3, 5))
+                path = (r.uniform(-0.9, 0.9, (2, 1)) + sum(turns)).T
+                thickness = r.uniform(0.3, 1.5) * width * np.exp(3 * self.noise(12, 1, shape=(1, 140))[0] - 1.5)
+                colour = self.colour(accent)
+                for a, b, half in zip(path, path[1:], thickness):
+                    pen("line", [a, b], colour, max(1, int(2 * half * self.n)))
+                    pen("ellipse", [b - half, b + half], colour)
+
+        self.drawn(draw)
+
+    def facets(self, count, accent=0.2, tilt=1.0):
+        """The canvas cut along straight lines, every piece brushed in a direction of its own."""
+        r, pieces, turn = self.rng, [np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)], float)], Image.new("F", (self.n, self.n))
+        while len(pieces) < count:
+            sizes = [np.ptp(piece, 0).prod() * r.uniform(0.3, 1) for piece in pieces]
+            piece, angle = pieces.pop(int(np.argmax(sizes))), r.normal(0, tilt) + r.choice([0, np.pi / 2])
+            side = (piece - r.dirichlet(np.full(len(piece), 3.0)) @ piece) @ (np.cos(angle), np.sin(angle))
+            halves = [], []
+            for a, b, s, t in zip(piece, np.roll(piece, -1, 0), side, np.roll(side, -1)):
+                halves[int(s > 0)].append(a)
+                if (s > 0) != (t > 0):
+                    for half in halves:
+                        half.append(a + (b - a) * s / (s - t))
+            pieces += [np.array(half) for half in halves if len(half) > 2]
+
+        def draw(pen):
+            for piece in pieces:
+                pen("polygon", piece, self.colour(accent))
+                ImageDraw.Draw(turn).polygon([tuple(point) for point in (piece + 1) * self.n / 2], r.uniform(0, 6.3))
+
+        self.drawn(draw)
+        turn = np.asarray(turn)
+        along = self.x * np.cos(turn) + self.y * np.sin(turn) + 0.06 * self.noise(6) + turn
+        hair = self.noise(240, 1, shape=(1, 4096))[0][(along * 450).astype(np.int32) % 4096]
+        self.paint[..., :3] += (30 * np.sin(2 * along) + 26 * (hair - 0.5))[..., None]
+        self.paint[..., 3] = hair
+
+    def marble(self, colours, bands=1.5):
+        """Marbling: bands of paint bent by clouds, with fine veins."""
+        r, angle = self.rng, self.rng.uniform(0, np.pi)
+        bend = r.uniform(1.2, 3) * (self.cloud(2, 3) + 0.35 * self.cloud(7, 3))
+        t = bands * (0.4 * (self.x * np.cos(angle) + self.y * np.sin(angle)) + bend)
+        vein = smooth(0.75, 1, np.abs(np.sin(r.integers(3, 9) * np.pi * t))) * self.noise(5)
+        t = np.abs(t % 2 - 1)
+        self.lay(self.ramp(t, colours) + r.normal(0, 60) * vein[..., None], np.ones_like(t), 0.5 * t + 0.5 * vein)
+
+    def finished(self):
+        """Light from the upper left on the relief, with a little of the canvas: the picture, (n, n, 3) uint8."""
+        relief = self.paint[..., 3] + 0.1 * self.noise(self.n // 2)
+        light = np.zeros_like(relief)
+        light[1:, 1:] = relief[1:, 1:] - relief[:-1, :-1]
+        return np.clip(self.paint[..., :3] + 60 * light[..., None], 0, 255).astype(np.uint8)
+
+
+def glaze(picture, label):
+    """A tint just strong enough for the label colour to be the one nearest to the mean, in RGB and in LAB. Arrays uint8."""
+    thumbnail = picture[::4, ::4].astype(np.float32)
+    tint = np.array(list(COLOURS.values())[label]) - thumbnail.mean((0, 1))
+    for strength in np.linspace(0, 1, 21):
+        tinted = np.clip(thumbnail + strength * tint, 0, 255).astype(np.uint8)
+        if all(nearest_colour(mean_colour(tinted, space), space) == label for space in ("rgb", "lab")):
+            break
+    return np.clip(picture + np.float32(strength + 0.03) * tint.astype(np.float32), 0, 255).astype(np.uint8)
+
+
+def gestures(e):
+    e.ground()
+    for reach in np.sort(e.rng.uniform(0.4, 1.9, e.rng.integers(8, 24)))[::-1]:
+        e.gesture(reach)
+    for _ in range(e.rng.integers(0, 3)):
+        e.splatter(60)
+
+
+def soft_fields(e):
+    e.ground(0.35)
+    edges = np.cumsum([-0.9, *1.8 * e.rng.dirichlet(np.full(e.rng.integers(2, 5), 2.5))])
+    for top, bottom in zip(edges, edges[1:]):
+        for soft in (0.25, 0.08):
+            place = (e.rng.normal(0, 0.02), (top + bottom) / 2, e.rng.uniform(0.7, 0.85), (bottom - top) / 2 - 0.02)
+            e.field(*place, e.colour(0.45), soft, e.rng.uniform(0.5, 0.95))
+
+
+def shards(e):
+    e.facets(e.rng.integers(10, 70), 0.25, e.rng.choice([0.05, 0.4, 1.5]))
+    for _ in range(e.rng.integers(0, 4)):
+        e.gesture(0.8, 0.4)
+
+
+def circles(e):
+    e.ground() if e.rng.uniform() < 0.5 else e.facets(e.rng.integers(3, 9), 0.15, 0.3)
+    for radius in np.sort(e.rng.uniform(0.12, 0.8, e.rng.integers(3, 9)))[::-1]:
+        x, y = e.rng.uniform(-0.8, 0.8, 2)
+        while radius > 0.03:
+            width = min(radius / 2, e.rng.uniform(0.01, 0.16))
+            sweep = 2 * np.pi if e.rng.uniform() < 0.6 else e.rng.uniform(1.5, 5)
+            e.stroke(x, y, radius - width, e.rng.uniform(0, 6.3), sweep, width, e.colour(0.35), e.rng.uniform(0, 0.7))
+            radius -= 2 * width + e.rng.choice([0, 0, 0.05])
+
+
+def threads(e):
+    e.ground(0.6)
+    for _ in range(e.rng.integers(3, 7)):
+        e.drips(e.rng.integers(1, 6), 0.45, e.rng.uniform(0.004, 0.014))
+        e.splatter(60)
+
+
+def marbling(e):
+    e.marble(e.rng.permutation([*e.mixtures, e.colour(1)]), e.rng.uniform(0.8, 3))
+    for _ in range(e.rng.integers(0, 3)):
+        e.splatter(40)
+
+
+def shapes(e):
+    e.ground(0.7) if e.rng.uniform() < 0.6 else e.marble(e.mixtures[1:4], 0.7)
+    for size in np.sort(e.rng.uniform(0.04, 0.5, e.rng.integers(6, 18)))[::-1]:
+        e.blob(*e.rng.uniform(-0.9, 0.9, 2), size, e.colour(0.35), e.rng.choice([0.01, 0.01, 0.15]))
+    e.drips(e.rng.integers(0, 5), 0.7, 0.004)
+
+
+def zips(e):
+    e.ground(0.8)
+    for x in e.rng.uniform(-0.9, 0.9, e.rng.integers(3, 12)):
+        width = e.rng.choice([0.015, 0.03, 0.12, 0.3])
+        e.stroke(x - 60, e.rng.uniform(-0.1, 0.1), 60, -0.018, 0.036, width, e.colour(0.4), e.rng.uniform(0, 1))
+    if e.rng.uniform() < 0.4:
+        e.gesture(1.2, 0.5)
+
+
+COMPOSITIONS = (gestures, soft_fields, shards, circles, threads, marbling, shapes, zips)
+
+
+def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", processes=None):
+    """Paint a packed set of `count` pictures into `folder`: all labels alike, or in table 4.1's shares. Returns the set."""
+    state = {"painter": PAINTER, "size": size, "count": count, "seed": seed, "shares": shares}
+    state["palette"] = {name: list(rgb) for name, rgb in COLOURS.items()}
+
+    def pack_pictures(folder, state):
+        weights = np.array(TABLE_4_1 if shares == "table" else [1] * len(COLOURS))
+        ends = np.rint(np.cumsum(weights) / weights.sum() * count)
+        labels = np.random.default_rng(seed).permutation(np.searchsorted(ends, np.arange(count), side="right")).tolist()
+        tasks = [(seed * 2**32 + i, label) for i, label in enumerate(labels)]
+
+        def results(start):
+            pictures = in_processes(partial(_paint, size=size), tasks[start:], 64, processes)
+            return zip(pictures, labels[start:])
+
+        names = [f"picture {i}" for i in range(count)]
+        pack(folder, state, list(COLOURS), (size, size, 3), names, names, results, "painting")
+
+    pack_once(folder, state, pack_pictures)
+    return read_packed(folder, size)
+
+
+def _paint(task, size):
+    return paint(*task, size)
 
 
 # ------------------------------------------------------------------------------------------------------------------
