@@ -49,6 +49,7 @@ from data import (
     nearest_colour,
     open_image,
     open_letters,
+    open_paintings,
     rgb_to_lab,
     run_program,
     subfolders,
@@ -578,15 +579,17 @@ def memory_map(path):
 class Source(Dataset):
     """A set of images for the loader: every item is brought to `size` x `size` by `crop_and_resize`, the project's one resize.
 
-    images: list of files, array (N, H, W[, C]) uint8, or the path of such an .npy; labels: (N,) numbers; classes: label names.
+    images: list of files, array (N, H, W[, C]) uint8, or the path of such an .npy; labels: (n,) numbers; classes: label names;
+    places: (n,) where in `images` they are, if that is not in order.
     Names of colours are put into the order of table 4.1, others are sorted by their number.
     """
 
-    def __init__(self, name, images, labels, classes):
+    def __init__(self, name, images, labels, classes, places=None):
         order = sorted(range(len(classes)), key=lambda i: COLOUR_ORDER.get(classes[i].lower(), len(COLOURS)))
         rank = np.argsort(order)
         self.name, self.images, self.labels = str(name), images, rank[labels]
         self.classes = [classes[i].lower() if classes[i].lower() in COLOURS else classes[i] for i in order]
+        self.places = np.arange(len(labels)) if places is None else places
         self.size = None
 
     def __len__(self):
@@ -610,7 +613,7 @@ class Source(Dataset):
                 image = load_image(self.images[row], self.size)
             else:
                 array = memory_map(self.images) if isinstance(self.images, Path) else self.images
-                image = np.asarray(array[row]).squeeze()
+                image = np.asarray(array[self.places[row]]).squeeze()
                 shape = image.shape[1::-1]
                 image = np.asarray(crop_and_resize(Image.fromarray(image), self.size).convert("RGB"))
         except UserError as error:  # an exception would reach the main process as a page of text
@@ -621,23 +624,33 @@ class Source(Dataset):
 
 
 def open_source(path, scratch):
-    """The set that the user named: folder, packed set, .npz, or letters, letters:train, letters:validation.
+    """The set that the user named: folder, packed set, .npz, or letters, paintings, letters:train, letters:validation, ...
 
     scratch: a folder for temporary files. Raises UserError where there is no such set.
     """
     name, _, part = str(path).partition(":")
     path = Path(path)
-    if name == "letters" and not path.exists():
-        letters = open_letters()
-        rows = dict(zip(("train", "validation"), letters.split())) | {"": np.arange(len(letters.labels))}
-        if part not in rows:
-            raise UserError(f"{path}: expected letters, letters:train or letters:validation")
-        return Source(path, letters.images[rows[part]], letters.labels[rows[part]], letters.classes)
+    if name in BUILT_IN and not path.exists():
+        return open_built_in(path, name, part)
     if path.is_dir():
         return open_packed_folder(path) if (path / "set.json").exists() else open_tree(path)
     if path.exists():
         return open_npz(path, scratch)
     raise UserError(f"{path}: no such file or folder")
+
+
+BUILT_IN = {"letters": open_letters, "paintings": open_paintings}
+
+
+def open_built_in(path, name, part):
+    """A set that comes with the project, or the part of it that is trained on or not."""
+    built_in = BUILT_IN[name]()
+    rows = dict(zip(("train", "validation"), built_in.split())) | {"": np.arange(len(built_in.labels))}
+    if part not in rows:
+        raise UserError(f"{path}: expected {name}, {name}:train or {name}:validation")
+    images = built_in.images
+    images = Path(images.filename) if isinstance(images, np.memmap) else images
+    return Source(path, images, built_in.labels[rows[part]], built_in.classes, rows[part])
 
 
 def open_tree(root):
@@ -945,7 +958,10 @@ def save_panels(path, panels):
 
 def parse():
     p = argparse.ArgumentParser(description="How near generated images come to real ones.")
-    p.add_argument("--real", help="real images: folder, packed set, .npz, letters[:train|:validation], or a .pt of --save-real")
+    p.add_argument(
+        "--real",
+        help="real images: folder, packed set, .npz, letters or paintings[:train|:validation], or a .pt of --save-real",
+    )
     p.add_argument("--fake", nargs="+", metavar="[NAME=]SET", help="generated images, one or several sets side by side")
     p.add_argument("--per-label", action="store_true", help="every label against its own real images and against all")
     p.add_argument(
@@ -1118,9 +1134,9 @@ def report(features, found, out):
         plain = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN
         temporary.write_text(json.dumps(plain, indent=1))
     if panels:
-        name = features.frechet if features.frechet == "FID" else f"{features.frechet} distance, {features.name} features"
+        name = features.frechet if features.frechet == "FID" else f"{features.frechet} distance, features for {features.name}"
         save_panels(out / "figure_5_5.png", [bars(rows, "frechet", f"{name}: {title.lower()}") for rows, title in panels])
-        name = features.kernel if features.kernel == "KID" else f"{features.kernel} distance, {features.name} features"
+        name = features.kernel if features.kernel == "KID" else f"Kernel distance, features for {features.name}"
         charts = [bars(rows, "kernel", f"{name}: {title.lower()}", "kernel_error") for rows, title in panels]
         save_panels(out / "kernel_distance.png", charts)
     if found["colour"]:

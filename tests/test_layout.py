@@ -12,6 +12,7 @@ ROOMS = {
     "ddpm": set(),
     "unet": set(),
     "ldm": {"data", "ddpm", "unet"},
+    "fid": {"data", "unet"},
     "sample": {"data", "ddpm", "ldm"},
     "train": {"data", "ddpm", "ldm", "sample"},
 }
