@@ -731,8 +731,8 @@ class Measured:
     @property
     def kept(self):
         """(m, d): a random sample of the features, all of them where there are few."""
-        if len(self._kept) > 1:
-            self._kept = [torch.cat(self._kept)]
+        if len(self._kept) != 1:
+            self._kept = [torch.cat(self._kept)] if self._kept else [torch.zeros(0, 0)]
         return self._kept[0]
 
     @cached_property
@@ -747,7 +747,8 @@ class Measured:
         """A batch; features: None where none are wanted. The first `keep` are kept: rows come in random order."""
         if features is not None:
             self.statistics.add(features)
-            self._kept.append(features[: max(0, keep - self.count)].float().cpu())
+            if self.count < keep:
+                self._kept.append(features[: keep - self.count].float().cpu().clone())  # a view would keep the whole batch
         self.count += len(colours)
         if not colours.isnan().any():
             self.colours += colours.sum(0)

@@ -453,6 +453,8 @@ def test_the_kept_features_are_a_fair_sample(tmp_path):
     assert (len(kept), (kept % 4 == 3).sum().item()) == (40, 10) and len(kept.unique()) == 40
     assert 80 < kept.float().mean() < 120
     assert everything.count == everything.statistics.count == 200
+    few = next(measure(source, colour_features, keep=4, batch=50))[1]
+    assert few.kept.untyped_storage().nbytes() == 4 * 3 * 4  # not a window on the whole batch, which would stay in memory
 
 
 # ---------------------------------------------------------------------------------------------------- command line
