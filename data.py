@@ -1,9 +1,12 @@
 """Images in, pictures out: section 4.2 of the thesis.
 
-    python data.py --data PATH        pack a set of letters (or any folder-per-class tree) and report what is in it
+    python data.py letters --data PATH                  pack a set of letters (any folder-per-class tree) and report it
+    python data.py letters --fonts DIR --out DIR        make such a set from fonts
+    python data.py paintings --data DIR --out DIR       pack any folder of images with colour labels; without --data, paint one
+    python data.py relabel --data DIR                   compare the thesis's two labelling rules (figs 4.2 and 4.3)
 
 A set of images is packed once into a uint8 memory map; training then reads batches straight from it. The embedded letters
-(`assets/letters.png`: 400 fonts x 26 capitals) need no packing and no download.
+(`assets/letters.png`: 400 fonts x 26 capitals) need no packing, and neither they nor the embedded painter a download.
 """
 
 import argparse
@@ -27,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 try:
@@ -185,7 +188,8 @@ def mean_colour(images, space="rgb"):
     images: (..., H, W, 3) uint8. Returns (..., 3) float64 in that space.
     """
     values = rgb_to_lab(images) if space == "lab" else np.asarray(images)
-    return values.mean((-3, -2), dtype=np.float64)
+    columns = values.sum(-3, dtype=np.uint32 if values.dtype == np.uint8 else np.float64)  # faster than a mean at once
+    return columns.mean(-2, dtype=np.float64) / values.shape[-3]
 
 
 def nearest_colour(colours, space="rgb", palette=COLOURS):
@@ -306,15 +310,15 @@ def open_paintings(path=None, size=256):
     packed. Raises UserError for a path that holds no such set.
     """
     if path is None:
-        painted = paint_set(Path.home() / ".cache" / "color-diffusion" / f"painted.packed{size}", size)
-        painted.note = "painted by data.py, as there is no --data; see it with python data.py paintings"
+        painted = paint_set(Path.home() / ".cache" / "color-diffusion" / f"painted.packed{size}", size, replace=True)
+        painted.note = "painted by data.py, as there is no --data; see it with python data.py paintings --sheet sheet.png"
         return painted
     root = Path(path).resolve()
     if not root.is_dir():
         raise UserError(f"{path}: no such folder; expected a folder of images, or one that python data.py paintings has packed")
     if (root / "set.json").exists():
         return read_packed(root, size)
-    return pack_paintings(root, packed_folder(root, size), size)
+    return pack_paintings(root, packed_folder(root, size), size, replace=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -375,21 +379,33 @@ def open_packed(path, size):
         raise UserError(f"{path}: no such file or folder")
     root = path.resolve() if path.is_file() else class_root(path.resolve())
     folder = packed_folder(root, size)
-    pack_once(folder, {"size": size, "files": source_state(root)}, partial(pack_classes, root))
+    pack_once(folder, {"size": size, "files": source_state(root)}, partial(pack_classes, root), replace=True)
     return read_packed(folder, size)
 
 
-def pack_once(folder, state, pack):
-    """Call pack(folder, state) unless `folder` holds that set. Of several processes of a machine one does; the others wait."""
-    if packed_state(folder) != state:
-        with locked(folder):
-            if packed_state(folder) != state:
-                pack(folder, state)
+def pack_once(folder, state, pack, replace=False):
+    """Call pack(folder, state) unless `folder` holds that set. Of several processes of a machine one does; the others wait.
+
+    Raises UserError if the folder holds something else; with `replace`, another packed set may go.
+    """
+    if packed_state(folder) == state:
+        return
+    with locked(folder):
+        found = packed_state(folder)  # another process may have packed it meanwhile
+        if found == state:
+            return
+        if folder.exists() and any(folder.iterdir()) and not (found and replace):
+            what = "another packed set" if found else "other files"
+            raise UserError(f"{folder} holds {what}; name another folder, or remove it first")
+        pack(folder, state)
 
 
 def packed_state(folder):
-    about = folder / "set.json"
-    return json.loads(about.read_text())["state"] if about.exists() else None
+    """What the set in `folder` was packed from and how; None if there is none."""
+    try:
+        return json.loads((folder / "set.json").read_text())["state"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 @contextlib.contextmanager
@@ -410,7 +426,7 @@ def read_packed(folder, size):
         arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "labels", "sources")]
         kind = Paintings if "palette" in about["state"] else ImageSet
         packed = kind(*arrays, about["classes"], about["note"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError) as error:
         raise UserError(f"{folder}: a packed set that cannot be read ({error}); remove it and pack again") from error
     if packed.images.shape[1] != size:
         raise UserError(f"{folder}: packed at {packed.images.shape[1]} pixels, not {size}; pack it again with --size {size}")
@@ -660,7 +676,7 @@ def read_npz(path, size):
 MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: above, Pillow takes a file for a decompression bomb, and so do we
 
 
-def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=None):
+def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=None, replace=False):
     """4.2.2, 4.2.3: decode, crop, resize, reject and label every image below `root`; write the packed set to `folder`, once.
 
     files.csv in `folder` has every file's label, or why it was rejected. One bad file stops nothing; an interrupted call goes
@@ -684,13 +700,13 @@ def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=N
 
         pack(folder, state, list(palette), (size, size, 3), files, source_names(root, files), results)
 
-    pack_once(folder, state, pack_tree)
+    pack_once(folder, state, pack_tree, replace)
     return read_packed(folder, size)
 
 
 def walk(root):
-    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders."""
-    for path, folders, files in os.walk(root):
+    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders, through links."""
+    for path, folders, files in os.walk(root, followlinks=True):
         inside = {folder.name for folder in subfolders(Path(path))}
         folders[:] = [name for name in folders if name in inside]
         yield Path(path), folders, [name for name in files if is_image(Path(name))]
@@ -778,6 +794,77 @@ def is_plain(image):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Figures 4.2 and 4.3: what the two rules make of a set
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def relabel(paintings, palette=COLOURS):
+    """4.2.2, the re-clustering: labels of every image by the RGB and by the LAB rule, and how wrong the RGB one is in LAB.
+
+    Returns (rgb, lab, excess), (N,) each; excess: how much farther in Delta-E the RGB label is than the LAB label.
+    """
+    means = {"rgb": [], "lab": []}
+    for i in tqdm(range(0, len(paintings.images), 32), "mean colours", unit="batch", disable=None):
+        for space, found in means.items():
+            found.append(mean_colour(paintings.images[i : i + 32], space))
+    rgb, lab = (nearest_colour(np.concatenate(means[space]), space, palette) for space in means)
+    distances = label_distances(np.concatenate(means["lab"]), "lab", palette)
+    rows = np.arange(len(rgb))
+    return rgb, lab, distances[rows, rgb] - distances[rows, lab]
+
+
+def transition_report(rgb, lab, names):
+    """Both histograms, and how many images went from which RGB label (row) to which LAB label (column)."""
+    table = np.zeros((len(names), len(names)), int)
+    np.add.at(table, (rgb, lab), 1)
+    width = max(map(len, names)) + 2
+    lines = [f"{'':{width}}{'RGB':>14}{'LAB':>16}"]
+    for name, a, b in zip(names, table.sum(1), table.sum(0)):
+        lines.append(f"{name:{width}}{a:7,} {100 * a / len(rgb):5.1f} %{b:8,} {100 * b / len(rgb):5.1f} %")
+    lines += [
+        f"the LAB rule changes {100 * (rgb != lab).mean():.1f} % of {len(rgb):,} labels; from RGB (row) to LAB (column):",
+        "",
+    ]
+    lines.append(" " * width + "".join(f"{name:>{width}}" for name in names))
+    lines += [f"{name:{width}}" + "".join(f"{count:>{width},}" for count in row) for name, row in zip(names, table)]
+    return "\n".join(lines)
+
+
+def worst_mismatches(paintings, rgb, lab, excess, rows=8, columns=8):
+    """Figure 4.2: for the most frequent changes of label, a row each, the images whose RGB label fits worst. The picture."""
+    moves = Counter(zip(rgb[rgb != lab].tolist(), lab[rgb != lab].tolist())).most_common(rows)
+    images, names = [], []
+    for (a, b), _ in moves:
+        which = np.flatnonzero((rgb == a) & (lab == b))
+        which = which[np.argsort(-excess[which], kind="stable")][:columns]
+        row = np.full((columns, *paintings.images.shape[1:]), 255, np.uint8)
+        row[: len(which)] = paintings.images[which]
+        images.append(row)
+        names.append(f"{paintings.classes[a]} > {paintings.classes[b]}")
+    return grid(thumbnails(np.concatenate(images)), columns, names)
+
+
+def contact_sheet(paintings, each=8, columns=8, side=96):
+    """Figure 4.4: `each` images of every label, evenly picked, in rows of `columns`. Returns the picture."""
+    images, names = [], []
+    for label, name in enumerate(paintings.classes):
+        rows = np.flatnonzero(paintings.labels == label)
+        rows = rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)]
+        lines = -(-each // columns)
+        row = np.full((lines * columns, side, side, 3), 255, np.uint8)
+        row[: len(rows)] = thumbnails(paintings.images[rows], side)
+        images.append(row)
+        names += [name] + [""] * (lines - 1)
+    return grid(np.concatenate(images), columns, names)
+
+
+def thumbnails(images, side=96):
+    return np.array([np.asarray(Image.fromarray(i).resize((side, side), Image.Resampling.LANCZOS)) for i in images]).reshape(
+        -1, side, side, 3
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # The embedded painter: abstract pictures dominated by a colour, for those who have no paintings at hand
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -785,9 +872,10 @@ PAINTER = 1  # to be raised when its pictures change: kept ones are then painted
 PIGMENTS = {
     "ivory black": (28, 26, 30), "titanium white": (248, 245, 236), "raw umber": (93, 66, 46), "burnt sienna": (150, 62, 26),
     "yellow ochre": (204, 153, 51), "cadmium yellow": (255, 222, 40), "cadmium orange": (238, 118, 24),
-    "vermilion": (224, 58, 44), "alizarin": (140, 22, 48), "rose": (232, 150, 158), "ultramarine": (30, 40, 138), "cobalt": (0, 88, 180),
-    "cerulean": (92, 170, 214), "turquoise": (60, 176, 164), "viridian": (24, 104, 84), "sap green": (120, 150, 50),
-    "dioxazine violet": (84, 38, 116), "lilac": (188, 164, 208), "naples yellow": (250, 216, 156), "warm grey": (146, 138, 130),
+    "vermilion": (224, 58, 44), "alizarin": (140, 22, 48), "rose": (232, 150, 158), "ultramarine": (30, 40, 138),
+    "cobalt": (0, 88, 180), "cerulean": (92, 170, 214), "turquoise": (60, 176, 164), "viridian": (24, 104, 84),
+    "sap green": (120, 150, 50), "dioxazine violet": (84, 38, 116), "lilac": (188, 164, 208),
+    "naples yellow": (250, 216, 156), "warm grey": (146, 138, 130),
 }  # fmt: skip
 
 
@@ -1084,7 +1172,7 @@ def zips(e):
 COMPOSITIONS = (gestures, soft_fields, shards, circles, threads, marbling, shapes, zips)
 
 
-def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", processes=None):
+def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", processes=None, replace=False):
     """Paint a packed set of `count` pictures into `folder`: all labels alike, or in table 4.1's shares. Returns the set."""
     state = {"painter": PAINTER, "size": size, "count": count, "seed": seed, "shares": shares}
     state["palette"] = {name: list(rgb) for name, rgb in COLOURS.items()}
@@ -1102,12 +1190,96 @@ def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", processes
         names = [f"picture {i}" for i in range(count)]
         pack(folder, state, list(COLOURS), (size, size, 3), names, names, results, "painting")
 
-    pack_once(folder, state, pack_pictures)
+    pack_once(folder, state, pack_pictures, replace)
     return read_packed(folder, size)
 
 
 def _paint(task, size):
     return paint(*task, size)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.2.1  Letters from fonts, in the layout of the Kaggle set
+# ------------------------------------------------------------------------------------------------------------------
+
+FONT_SUFFIXES = {".ttf", ".otf", ".ttc", ".otc", ".pfb"}
+
+
+def letters_from_fonts(fonts, out):
+    """Render A to Z of every font below `fonts` to `out`/A/<n>.png and so on; `out`/fonts.csv says which font is n.
+
+    White on black, 32 x 32, longer side 30 pixels, centred. Returns a Counter: reason -> fonts rejected for it, "" = kept.
+    """
+    fonts, out = Path(fonts), Path(out)
+    files = sorted(file for file in fonts.rglob("*") if file.suffix.lower() in FONT_SUFFIXES)
+    if not files:
+        raise UserError(f"{fonts}: no fonts in it or below it (expected {', '.join(sorted(FONT_SUFFIXES))})")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; name another with --out")
+    first, reasons = {}, Counter()
+    with whole_file(out) as temporary:
+        for letter in ALPHABET:
+            (temporary / letter).mkdir(parents=True)
+        with (temporary / "fonts.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as csv_file:
+            table = csv.writer(csv_file)
+            table.writerow(("n", "file", "rejected"))
+            for file in tqdm(files, "rendering", unit="font", disable=None):
+                n = reasons[""]
+                try:
+                    letters = render_letters(file)
+                    same = first.setdefault(letters.tobytes(), file)
+                    if same != file:
+                        raise UserError(f"the same letters as another font: {same.relative_to(fonts)}")
+                except UserError as error:
+                    reasons[str(error).partition(":")[0]] += 1
+                    table.writerow(("", file.relative_to(fonts), error))
+                    continue
+                for letter, image in zip(ALPHABET, letters):
+                    Image.fromarray(image).save(temporary / letter / f"{n}.png")
+                table.writerow((n, file.relative_to(fonts), ""))
+                reasons[""] += 1
+        if not reasons[""]:
+            raise UserError(f"{fonts}: none of {len(files)} fonts has 26 letters: {dict(reasons)}")
+    return reasons
+
+
+def render_letters(file):
+    """The capitals of a font as (26, 32, 32) uint8. UserError: why they are no letters."""
+    try:
+        face = ImageFont.truetype(str(file), 96)
+        glyphs = [glyph(face, char) for char in [*ALPHABET, "\U0010fffe"]]  # the last is in no font: it shows .notdef
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a font that can be drawn: {error}") from None
+    *glyphs, notdef = glyphs
+    if None in glyphs:
+        raise UserError(f"blank letters: {', '.join(char for char, g in zip(ALPHABET, glyphs) if g is None)}")
+    missing = [
+        char for char, g in zip(ALPHABET, glyphs) if notdef and g.size == notdef.size and g.tobytes() == notdef.tobytes()
+    ]
+    if missing:
+        raise UserError(f"missing letters, drawn as .notdef: {', '.join(missing)}")
+    letters = np.zeros((26, 32, 32), np.uint8)
+    for letter, g in zip(letters, glyphs):
+        scale = 30 / max(g.size)
+        width, height = (max(1, round(side * scale)) for side in g.size)
+        left, top = (32 - width) // 2, (32 - height) // 2
+        letter[top : top + height, left : left + width] = g.resize((width, height), Image.Resampling.LANCZOS)
+    known = {}
+    for char, letter in zip(ALPHABET, letters):
+        other = known.setdefault(letter.tobytes(), char)
+        if other != char:
+            raise UserError(f"identical letters: {other} and {char}")
+    return letters
+
+
+def glyph(face, char):
+    """A character as a grey Pillow image without margins, None if blank."""
+    left, top, right, bottom = face.getbbox(char)
+    if right <= left or bottom <= top:
+        return None
+    image = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(image).text((-left, -top), char, 255, face)
+    return image.crop(image.getbbox()) if image.getbbox() else None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1129,7 +1301,7 @@ def grid(images, columns, names=None, scale=1, gap=2):
     height, width = height * scale, width * scale
     margin = 0
     if names:
-        text = font(max(11, height // 3))
+        text = font(min(18, max(11, height // 3)))
         margin = 12 + int(max(text.getlength(name) for name in names))
     picture = Image.new("RGB", (margin + columns * (width + gap) + gap, rows * (height + gap) + gap), PAPER)
     draw = ImageDraw.Draw(picture)
@@ -1187,6 +1359,37 @@ def chart(lines, title, x_label, y_label, size=(900, 460)):
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
+def bars(shares, names, title, size=(900, 420)):
+    """Figure 4.3: a bar chart in per cent. shares: name -> (K,) shares that sum to 1; names: the K labels below the bars."""
+    s = 2  # as in `chart`
+    width, height = size[0] * s, size[1] * s
+    left, right, top, bottom = 60 * s, width - 20 * s, 48 * s, height - 40 * s
+    picture = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 22 * s), title, INK, font(15 * s), anchor="lm")
+    highest = max(0.01, max(values.max() for values in shares.values()))
+    for tick in linear_ticks(100 * highest):
+        y = bottom - (bottom - top) * tick / 100 / highest
+        draw.line((left, y, right, y), RULE, s)
+        draw.text((left - 8 * s, y), f"{tick:g} %", INK, font(11 * s), anchor="rm")
+    group = (right - left) / len(names)
+    bar = 0.8 * group / len(shares)
+    for k, (values, colour) in enumerate(zip(shares.values(), PALETTE)):
+        for i, value in enumerate(values):
+            x, y = left + (i + 0.1) * group + k * bar, bottom - (bottom - top) * value / highest
+            draw.rectangle((x, y, x + bar - s, bottom), colour)
+            draw.text((x + bar / 2, y - 8 * s), f"{100 * value:.1f}", INK, font(10 * s), anchor="mm")
+    for i, name in enumerate(names):
+        draw.text((left + (i + 0.5) * group, bottom + 16 * s), name, INK, font(12 * s), anchor="mm")
+    legend = right
+    for name, colour in reversed(list(zip(shares, PALETTE))):
+        legend -= font(12 * s).getlength(name) + 30 * s
+        draw.rectangle((legend, 17 * s, legend + 10 * s, 27 * s), colour)
+        draw.text((legend + 16 * s, 22 * s), name, INK, font(12 * s), anchor="lm")
+    draw.line((left, bottom, right, bottom), INK, s)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def log_ticks(low, high):
     """Ticks 1, 2, 5 x 10^k within [low, high]; finer ones where fewer than three fit."""
     for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), tuple(np.arange(10, 100) / 10)):
@@ -1205,10 +1408,120 @@ def linear_ticks(high, count=6):
     return np.arange(0, high + 1e-9, step)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def palette_of(words):
+    """["name=#rrggbb", ...] or names of CSS colours after the "=" -> a palette; its order is the labels' order."""
+    palette = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            palette[name] = ImageColor.getrgb(value)[:3]
+        except ValueError:
+            raise UserError(f"--palette {word}: expected name=#rrggbb, such as purple=#800080") from None
+    if len(palette) < max(2, len(words)):
+        raise UserError("--palette: expected two or more colours of different names")
+    return palette
+
+
+def parse():
+    parser = argparse.ArgumentParser(description="Sets of images: letters (4.2.1) and paintings (4.2.2).")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("letters", help="pack a set of letters and report what is in it, or make one from fonts")
+    p.add_argument("--data", help="folder of class folders, or .npz with images and labels (default: embedded letters)")
+    p.add_argument("--fonts", help="render A to Z of the fonts in this folder instead, to --out")
+    p.add_argument("--out", help="folder for the rendered letters, one folder a letter")
+    p = commands.add_parser("paintings", help="pack a folder of images with colour labels, or paint one")
+    p.add_argument("--data", help="folder of images, nested or flat (default: the embedded painter)")
+    p.add_argument("--out", help="folder for the packed set (default: beside --data, or the user's cache)")
+    p.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
+    p.add_argument(
+        "--space", choices=("rgb", "lab"), default="rgb", help="where the nearest colour is looked for (default rgb)"
+    )
+    p.add_argument("--palette", nargs="+", metavar="NAME=#RRGGBB", help="the label colours (default: table 4.1, CSS values)")
+    p.add_argument("--count", type=int, default=2000, help="how many pictures to paint (default 2000)")
+    p.add_argument("--shares", choices=("balanced", "table"), default="balanced", help="of the painted labels; table = 4.1's")
+    p.add_argument("--seed", type=int, default=0, help="of the painted pictures (default 0)")
+    p.add_argument("--processes", type=int, help="default: one a core")
+    p.add_argument("--sheet", help="write a contact sheet by label, as fig. 4.4, to this file")
+    p.add_argument("--each", type=int, default=8, help="images a label on the sheet (default 8)")
+    p = commands.add_parser("relabel", help="compare the RGB and the LAB rule on a set: histograms, transitions, mismatches")
+    p.add_argument("--data", help="folder of images, or packed by `paintings` (default: the embedded painter)")
+    p.add_argument("--out", default="relabel", help="folder for chart.png and mismatches.png (default relabel)")
+    p.add_argument("--size", type=int, help="of images that are not packed yet (default 256)")
+    return parser.parse_args()
+
+
+DEFAULTS = {"space": "rgb", "palette": None, "count": 2000, "shares": "balanced", "seed": 0}
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Pack a set of letters and report what is in it.")
-    parser.add_argument("--data", help="folder of class folders, or .npz with images and labels (default: embedded letters)")
-    print(open_letters(parser.parse_args().data).report())
+    args = parse()
+    {"letters": letters_command, "paintings": paintings_command, "relabel": relabel_command}[args.command](args)
+
+
+def letters_command(args):
+    if not args.fonts:
+        print(open_letters(args.data).report())
+        return
+    if not args.out or args.data:
+        raise UserError("--fonts DIR renders to --out DIR, and takes no --data")
+    reasons = letters_from_fonts(args.fonts, args.out)
+    kept = reasons.pop("")
+    print(f"{args.out}: 26 letters of {kept:,} fonts, {sum(reasons.values()):,} rejected (fonts.csv says which)")
+    for reason, count in reasons.most_common():
+        print(f"  {count:,} {reason}")
+
+
+def paintings_command(args):
+    if args.size < 8 or args.count < 1 or args.each < 1 or args.seed < 0 or (args.processes or 1) < 1:
+        raise UserError("--size must be 8 or more, --count, --each and --processes 1 or more, --seed 0 or more")
+    if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"--sheet {args.sheet}: not the name of a picture; end it with .png")
+    own = [name for name in ("space", "palette", "count", "shares", "seed") if getattr(args, name) != DEFAULTS[name]]
+    useless = set(own) & ({"count", "shares", "seed"} if args.data else {"space", "palette"})
+    if useless:
+        with_data = "with" if args.data else "without"
+        raise UserError(f"--{' and --'.join(sorted(useless))}: means nothing {with_data} --data")
+    if own and not args.out:
+        raise UserError(f"--{own[0]}: such a set needs a folder of its own; name it with --out DIR")
+    if not args.out:
+        paintings = open_paintings(args.data, args.size)
+    elif args.data:
+        if not Path(args.data).is_dir():
+            raise UserError(f"{args.data}: no such folder")
+        palette = palette_of(args.palette) if args.palette else COLOURS
+        how = {"space": args.space, "palette": palette, "processes": args.processes}
+        paintings = pack_paintings(Path(args.data).resolve(), Path(args.out).resolve(), args.size, **how)
+    else:
+        paintings = paint_set(Path(args.out).resolve(), args.size, args.count, args.seed, args.shares, args.processes)
+    print(paintings.report())
+    if args.sheet:
+        with whole_file(args.sheet) as temporary:
+            contact_sheet(paintings, args.each, min(args.each, 16)).save(temporary)
+
+
+def relabel_command(args):
+    state = packed_state(Path(args.data)) if args.data else None
+    state = state or {"size": 256, "palette": COLOURS}
+    palette, paintings = state["palette"], open_paintings(args.data, args.size or state["size"])
+    rgb, lab, excess = relabel(paintings, palette)
+    print(transition_report(rgb, lab, paintings.classes))
+    agree = " and ".join(
+        f"{100 * (paintings.labels == labels).mean():.1f} % by {name}" for name, labels in (("RGB", rgb), ("LAB", lab))
+    )
+    print(f"\nthe set's own labels are those of {agree}")
+    shares = {name: np.bincount(labels, minlength=len(palette)) / len(labels) for name, labels in (("RGB", rgb), ("LAB", lab))}
+    out = Path(args.out)
+    with whole_file(out / "chart.png") as temporary:
+        bars(shares, paintings.classes, f"Labels of {len(rgb):,} images, per cent").save(temporary)
+    if (rgb != lab).any():
+        with whole_file(out / "mismatches.png") as temporary:
+            worst_mismatches(paintings, rgb, lab, excess).save(temporary)
+    print(f"{out}: chart.png (fig. 4.3), mismatches.png (fig. 4.2)")
 
 
 if __name__ == "__main__":

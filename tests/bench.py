@@ -3,9 +3,10 @@
 training     images/s of the letters model, in float32 and bf16
 sampling     images/s with PLMS-50 and guidance, and the share of the time spent outside the network
 packing      opening a packed set of 400,000 images
+paintings    packing 512 px JPEGs at 256 against a loop of plain Pillow, sRGB -> LAB, the painter; one process each
 evaluation   the Frechet distance against scipy's matrix root, images/s of features and of the loader, memory
 
-`python tests/bench.py evaluation` runs one of them.
+python tests/bench.py paintings    runs one of them
 """
 
 import multiprocessing
@@ -21,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import ALPHABET, open_packed
+from data import ALPHABET, crop_and_resize, open_packed, pack_paintings, paint, rgb_to_lab
 from ddpm import linear_schedule
 from fid import (
     Inception,
@@ -191,7 +192,39 @@ def bench_evaluation():
         bench()
 
 
-BENCHES = {"training": bench_training, "sampling": bench_sampling, "packing": bench_opening, "evaluation": bench_evaluation}
+def bench_paintings(count=48):
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    lab = image.size / 3e6 / seconds(lambda: rgb_to_lab(image))
+    start = time.perf_counter()
+    pictures = [paint(i, i % 8) for i in range(count)]
+    painter = count / (time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder) / "paintings"
+        root.mkdir()
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).resize((512, 512), Image.Resampling.LANCZOS).save(root / f"{i}.jpg", quality=90)
+
+        def plain():
+            for file in root.glob("*.jpg"):
+                np.asarray(crop_and_resize(Image.open(file).convert("RGB"), 256)).tobytes()
+
+        def packing():
+            pack_paintings(root, Path(folder) / f"packed{time.perf_counter_ns()}", 256, processes=1)
+
+        loop, packed = count / seconds(plain, 3), count / seconds(packing, 3)
+    print(
+        f"paintings, one process: packing {packed:.0f} images/s (plain Pillow loop {loop:.0f}), "
+        f"LAB {lab:.0f} megapixels/s, painter {painter:.1f} images/s"
+    )
+
+
+BENCHES = {
+    "training": bench_training,
+    "sampling": bench_sampling,
+    "packing": bench_opening,
+    "paintings": bench_paintings,
+    "evaluation": bench_evaluation,
+}
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")

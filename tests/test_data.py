@@ -157,7 +157,7 @@ def bad_sets(path):
 
 def test_bad_sets_are_one_clear_line_and_leave_nothing_behind(tmp_path, refused):
     for name, words in bad_sets(tmp_path).items():
-        assert words in refused("data", "--data", tmp_path / name)
+        assert words in refused("data", "letters", "--data", tmp_path / name)
     assert [p for p in tmp_path.rglob("*") if "packed" in p.name] == []
 
 

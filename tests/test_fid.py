@@ -422,6 +422,16 @@ def test_numbers_as_labels_count_letters_and_flat_sets_have_none(tmp_path):
     assert open_source("letters:validation", tmp_path).counts() == dict.fromkeys(ALPHABET, 40)
 
 
+def test_parts_of_the_sets_that_come_along(tmp_path, monkeypatch):
+    painted = data.paint_set(tmp_path / "painted.packed32", 32, count=32, processes=1)
+    monkeypatch.setitem(fid.BUILT_IN, "paintings", lambda: painted)
+    train, validation = (open_source(f"paintings:{part}", tmp_path) for part in ("train", "validation"))
+    assert list(train.counts()) == list(COLOURS) and len(train) + len(validation) == 32 and len(validation) >= 8
+    validation.size = 32
+    found = {validation[i][0].numpy().tobytes() for i in range(len(validation))}
+    assert found == {image.tobytes() for image in painted.images[painted.split()[1]]}
+
+
 def test_every_size_and_mode_goes_through_one_anti_aliased_resize(tmp_path):
     """User demand 25: large and small, wide, grey and transparent images in one folder; fine lines become grey."""
     root = tmp_path / "set"
