@@ -4,16 +4,19 @@ training     images/s of the letters model, in float32 and bf16
 sampling     images/s with PLMS-50 and guidance, and the share of the time spent outside the network
 packing      opening a packed set of 400,000 images
 paintings    packing 512 px JPEGs at 256 against a loop of plain Pillow, sRGB -> LAB, the painter; one process each
+evaluation   the Frechet distance against scipy's matrix root, images/s of features and of the loader, memory
 
 python tests/bench.py paintings    runs one of them
 """
 
+import multiprocessing
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 from PIL import Image
 
@@ -21,6 +24,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import ALPHABET, crop_and_resize, open_packed, pack_paintings, paint, rgb_to_lab
 from ddpm import linear_schedule
+from fid import (
+    Inception,
+    Source,
+    Statistics,
+    frechet_distance,
+    inception_features,
+    letters_features,
+    measure,
+    paintings_features,
+)
 from ldm import PixelDiffusion
 from sample import denoise
 from train import SIZES, Letters
@@ -104,6 +117,81 @@ def bench_opening(count=400_000):
     )
 
 
+def bench_frechet(d=2048):
+    """Scipy's root of the product of the covariances is what the published tool takes; ours includes everything."""
+    mix = torch.randn(d, d, dtype=torch.float64) / d**0.5
+    for count in (4000, 147):
+        sets = [Statistics(), Statistics()]
+        for s, n in zip(sets, (4000, count)):
+            s.add(torch.randn(n, d, dtype=torch.float64) @ mix)
+        covariances = [x.T @ x if C is None else C for _, x, C in (s.moments() for s in sets)]
+        product = (covariances[0] @ covariances[1]).numpy()
+        start = time.perf_counter()
+        scipy.linalg.sqrtm(product)
+        root = time.perf_counter() - start
+        ours = seconds(lambda: frechet_distance(*sets), 2)  # noqa: B023
+        ratio = f"{root / ours:.0f} times as long"
+        print(f"Frechet distance, {d} features, {count:,} images: {ours:.2f} s; sqrtm {root:.1f} s, {ratio}")
+
+
+def bench_features(batch=16):
+    images = torch.randint(0, 256, (batch, 256, 256, 3), dtype=torch.uint8)
+    for features, x in (
+        (inception_features(Inception()), images),
+        (paintings_features(), images),
+        (letters_features(), images[:, :32, :32]),
+    ):
+        print(f"features, {features.name}: {batch / seconds(lambda: features(x), 2):.1f} images/s")  # noqa: B023
+
+
+def repeated(folder, count, size=512, label="purple"):
+    """A set of `count` images on the disk, all the same file."""
+    file = Path(folder) / "image.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (size // 8, size // 8, 3), np.uint8)
+    Image.fromarray(noise).resize((size, size)).save(file)
+    source = Source("repeated", [file] * count, np.zeros(count, int), [label])
+    source.size = size // 2
+    return source
+
+
+def bench_loader(count=400):
+    with tempfile.TemporaryDirectory() as folder:
+        for workers in (0, 1, 2):
+            for label in ("none", "purple"):
+                source = repeated(folder, count, label=label)
+                rate = count / seconds(lambda: list(measure(source, None, workers=workers)), 1)  # noqa: B023
+                what = "JPEG 512 -> 256" + (" and colour distances" if label == "purple" else "")
+                print(f"loader, {what}, {workers} worker processes: {rate:.0f} images/s")
+
+
+def peak_memory():
+    """The most memory this process ever had, MiB. (What getrusage says is inherited from the process that started it.)"""
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+
+def streaming_memory(count, keep):
+    """How much the memory of this process rises, MiB, when `count` images are measured with 2048 features each."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        source = repeated(folder, count, size=64, label="none")
+        list(measure(repeated(folder, 64, size=64, label="none"), lambda images: torch.randn(len(images), 8)))
+        before = peak_memory()
+        list(measure(source, lambda images: torch.randn(len(images), 2048), keep))
+        return peak_memory() - before
+
+
+def bench_memory():
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each: peaks do not fall
+        for what, keep in (("Frechet distance alone", 0), ("with 10,000 features kept", 10_000)):
+            rise = [pool.apply(streaming_memory, (count, keep)) for count in (1000, 5000, 20_000)]
+            print(f"memory, {what}: {rise[0]:.0f}, {rise[1]:.0f}, {rise[2]:.0f} MiB at 1,000, 5,000 and 20,000 images")
+
+
+def bench_evaluation():
+    for bench in (bench_frechet, bench_features, bench_loader, bench_memory):
+        bench()
+
+
 def bench_paintings(count=48):
     image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
     lab = image.size / 3e6 / seconds(lambda: rgb_to_lab(image))
@@ -130,8 +218,15 @@ def bench_paintings(count=48):
     )
 
 
+BENCHES = {
+    "training": bench_training,
+    "sampling": bench_sampling,
+    "packing": bench_opening,
+    "paintings": bench_paintings,
+    "evaluation": bench_evaluation,
+}
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    benches = {"training": bench_training, "sampling": bench_sampling, "packing": bench_opening, "paintings": bench_paintings}
-    for name in sys.argv[1:] or benches:
-        benches[name]()
+    for name in sys.argv[1:] or BENCHES:
+        BENCHES[name]()

@@ -13,6 +13,7 @@ ROOMS = {
     "unet": set(),
     "vqgan": set(),
     "ldm": {"data", "ddpm", "unet", "vqgan"},
+    "fid": {"data", "unet"},
     "sample": {"data", "ddpm", "ldm"},
     "train": {"data", "ddpm", "ldm", "sample", "vqgan"},
 }
