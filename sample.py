@@ -233,6 +233,12 @@ def psnr(x, x_r):
     return 10 * torch.log10(4 / (x - x_r.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
+def gradient_energy(x):
+    """Mean absolute difference of neighbouring pixels, of x clamped to [-1, 1]: blur lowers it (3.2.1). (B,)"""
+    x = x.clamp(-1, 1)
+    return x.diff(dim=-1).abs().mean((1, 2, 3)) + x.diff(dim=-2).abs().mean((1, 2, 3))
+
+
 @torch.no_grad()
 def reconstruct(model, files, size, batch=8):
     """decode(encode(x)) of image files, cropped and resized to size x size.

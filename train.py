@@ -48,7 +48,7 @@ from ldm import (
     save_model,
     write_checkpoint,
 )
-from sample import best_device, check_device, label_grid, psnr
+from sample import best_device, check_device, gradient_energy, label_grid, psnr
 from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -155,6 +155,7 @@ class FirstStage(Settings):
     groups: int | None = flag(None, "of every normalisation", kind=int)
     beta: float = flag(0.25, "weight of the commitment loss (eq. 3.4)")
     released: bool = flag(False, "beta on the code-book term instead, as the published weights were trained (E14)")
+    quantise_from: int | None = flag(None, "update at which the code-book joins; until then the network is an AE", kind=int)
     reseed: bool | None = flag(None, "give codes that an epoch did not use a new place (default: unless --init)")
     kl_weight: float = flag(1e-4, "weight of the KL term of a VAE (eq. 3.1)")
     perceptual: float | None = flag(None, "weight of the perceptual loss (default: 1 if its files are there)", kind=float)
@@ -168,13 +169,13 @@ class FirstStage(Settings):
     disc_channels: int | None = flag(None, "width of the discriminator", kind=int)
     disc_layers: int = flag(2, "halvings in the discriminator")
     weight_decay: float = flag(0.0, "of AdamW")
-    clip: float = flag(10.0, "largest gradient norm")
+    clip: float = flag(100.0, "largest gradient norm")
     validate_every: int = flag(500, "updates between two validation losses", resume=True)
     preview_every: int = flag(2000, "updates between two preview grids", resume=True)
     save_every: int = flag(500, "updates between two checkpoints", resume=True)
 
     POSITIVE = (*Settings.POSITIVE, "size", "z_channels", "codes", "blocks", "groups", "disc_channels", "disc_layers")
-    NOT_NEGATIVE = (*Settings.NOT_NEGATIVE, "beta", "kl_weight", "perceptual", "adversarial", "disc_start")
+    NOT_NEGATIVE = (*Settings.NOT_NEGATIVE, "beta", "kl_weight", "perceptual", "adversarial", "disc_start", "quantise_from")
 
     def check(self):
         self.perceptual = self._perceptual_weight() if self.perceptual is None else self.perceptual
@@ -249,6 +250,7 @@ SIZES = {
             "attention_levels": (),
             "groups": 1,
             "disc_start": 3000,
+            "quantise_from": 1000,
             "disc_channels": 32,
         },
         "thesis": {
@@ -266,6 +268,7 @@ SIZES = {
             "attention_levels": (3,),
             "groups": 32,
             "disc_start": 10_000,
+            "quantise_from": 0,
             "disc_channels": 64,
         },
     },
@@ -443,7 +446,17 @@ class FirstStageStage(Stage):
     next = "python sample.py --reconstruct IMAGE --run {out}"
     loss_name = "reconstruction loss: L1 + perceptual (the NLL of 4.4.7)"
     columns = (
-        *("l1", "perceptual", "latent_loss", "codes_used", "perplexity", "validation_psnr", "validation_psnr_ema"),
+        *(
+            "l1",
+            "perceptual",
+            "latent_loss",
+            "codes_used",
+            "perplexity",
+            "validation_psnr",
+            "validation_psnr_ema",
+            "validation_sharpness",
+            "validation_sharpness_ema",
+        ),
         *("g_loss", "lambda", "disc_loss", "disc_grad_norm", "logit_real", "logit_fake"),
     )
 
@@ -490,6 +503,10 @@ class FirstStageStage(Stage):
     def loss(self, n):
         """The auto-encoder's loss of update n:  |x - x_r| + perceptual + latent loss + lambda * adversarial  (eq. 3.5)."""
         s = self.settings
+        if s.bottleneck == "vq":
+            self.model.quantize.active = n >= s.quantise_from
+            if n == s.quantise_from > 0:
+                self.reseed(n, range(s.codes))
         draw = rng(s.seed, n, 2)
         x = self.images(self.rows(n), draw)
         x_r, latent_loss, codes = self.model(x, self.noise(x, draw))
@@ -506,7 +523,7 @@ class FirstStageStage(Stage):
             self.figures |= {"g_loss": g_loss, "lambda": torch.as_tensor(weight)}
         self.seen = x, x_r.detach()  # what the discriminator gets
         if codes is not None:
-            self.count(n, codes, x)
+            self.count(n, codes)
         return loss
 
     def discriminator_loss(self, n):
@@ -521,9 +538,8 @@ class FirstStageStage(Stage):
         rec = (x - x_r).abs().mean((1, 2, 3))
         return rec + self.settings.perceptual * self.perceptual(x, x_r) if self.perceptual else rec
 
-    @torch.no_grad()
-    def count(self, n, codes, x):
-        """At the end of an epoch: how many codes it used; a code it did not use moves to a vector of the last batch."""
+    def count(self, n, codes):
+        """At the end of an epoch: how many codes it used; those it did not use get a new place."""
         s = self.settings
         self.counts += torch.bincount(codes.flatten(), minlength=s.codes)
         if (n + 1) * s.batch // len(self.train_rows) == n * s.batch // len(self.train_rows):
@@ -531,25 +547,34 @@ class FirstStageStage(Stage):
         used, perplexity = code_use(self.counts)
         self.figures |= {"codes_used": torch.tensor(float(used)), "perplexity": torch.tensor(perplexity)}
         if s.reseed:
-            dead = torch.nonzero(self.counts == 0)[:, 0]
-            z = self.model.encode(x).permute(0, 2, 3, 1).reshape(-1, s.z_channels)
-            chosen = torch.randint(len(z), (len(dead),), generator=rng(s.seed, n, 4)).to(z.device)
-            self.model.quantize.embedding.weight[dead] = z[chosen]
+            self.reseed(n, torch.nonzero(self.counts == 0)[:, 0].tolist())
         self.counts.zero_()
 
     @torch.no_grad()
+    def reseed(self, n, dead):
+        """Put the codes `dead` on latent vectors of images, drawn at random."""
+        draw = rng(self.settings.seed, n, 4)
+        rows = self.train_rows[torch.randint(len(self.train_rows), (32,), generator=draw).numpy()]
+        z = torch.cat([self.model.encode(x) for x in self.images(rows, draw).split(8)])
+        z = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
+        self.model.quantize.embedding.weight[list(dead)] = z[torch.randint(len(z), (len(dead),), generator=draw).to(z.device)]
+
+    @torch.no_grad()
     def validate(self, most=256, batch=16):
-        """Reconstruction loss and PSNR of fixed squares of the validation images."""
+        """Of fixed squares of the validation images: reconstruction loss, PSNR, and sharpness, the gradient energy of the
+        reconstructions as a share of the originals'."""
         s = self.settings
         rows = np.repeat(self.validation_rows, 4 if s.crop < s.size else 1)
         rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
         x = self.images(rows, rng(0, 0, 3))
-        total = torch.zeros(2)
+        total = torch.zeros(4)
         for part in x.split(batch):
             x_r = self.model(part)[0]
-            total += torch.stack([self.reconstruction_loss(part, x_r).sum(), psnr(part, x_r).sum()]).cpu()
-        loss, decibel = (total / len(x)).tolist()
-        return {"validation_loss": loss, "validation_psnr": decibel}
+            of_images = (self.reconstruction_loss(part, x_r), psnr(part, x_r), gradient_energy(x_r), gradient_energy(part))
+            total += torch.stack([value.sum() for value in of_images]).cpu()
+        loss, decibel, energy, energy_of_x = (total / len(x)).tolist()
+        sharpness = energy / max(energy_of_x, 1e-6)
+        return {"validation_loss": loss, "validation_psnr": decibel, "validation_sharpness": sharpness}
 
     @torch.no_grad()
     def preview(self, path, final=False):

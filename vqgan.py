@@ -247,9 +247,12 @@ class Codebook(nn.Module):
     `released=True` puts beta on the code-book term instead, as the code that trained the published weights does (E14): the
     value is the same, the gradients are not. After the losses, and only there (E15), the gradient is sent straight through:
     z_q = z_e + sg[z_q - z_e].
+
+    `active = False` lets z_e pass as it is: a young encoder learns several times faster without a code-book.
     """
 
     widen = 1
+    active = True
 
     def __init__(self, codes=16384, dim=4, beta=0.25, released=False):
         super().__init__()
@@ -258,6 +261,8 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
 
     def forward(self, h, noise=None):
+        if not self.active:
+            return h, h.new_zeros(()), None
         k = self.nearest(h)  # (B, H, W)
         z_q = self.lookup(k)
         codebook, commitment = F.mse_loss(z_q, h.detach()), F.mse_loss(h, z_q.detach())
@@ -268,7 +273,7 @@ class Codebook(nn.Module):
         return h  # before quantisation: the diffusion model works on these (E54)
 
     def project(self, z):
-        return self.lookup(self.nearest(z))
+        return self.lookup(self.nearest(z)) if self.active else z
 
     def nearest(self, z):
         """z (B, D, H, W) -> indices of the nearest codes (B, H, W)."""
