@@ -467,7 +467,7 @@ class FirstStageStage(Stage):
         self.discriminator = PatchDiscriminator(s.disc_channels, s.disc_layers).to(device)
         self.perceptual = load_perceptual(s.perceptual_files).to(device) if s.perceptual else None
         self.counts = torch.zeros(s.codes, dtype=torch.long, device=device)  # of the codes, since the epoch began
-        self.best_from = s.disc_start if s.adversarial else 0
+        self.best_from = 1 + max(s.disc_start if s.adversarial else 0, s.quantise_from if s.bottleneck == "vq" else 0)
         if s.compile:
             self.model.compile()
 

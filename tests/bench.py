@@ -3,6 +3,7 @@
 training     images/s of the letters model, in float32 and bf16
 sampling     images/s with PLMS-50 and guidance, and the share of the time spent outside the network
 packing      opening a packed set of 400,000 images
+first-stage  nearest of 16384 codes against the plain distance matrix; encode + decode at the published size; peak memory
 paintings    packing 512 px JPEGs at 256 against a loop of plain Pillow, sRGB -> LAB, the painter; one process each
 evaluation   the Frechet distance against scipy's matrix root, images/s of features and of the loader, memory
 
@@ -38,6 +39,7 @@ from ldm import PixelDiffusion
 from sample import denoise
 from train import SIZES, Letters
 from unet import letters_unet
+from vqgan import VQGAN, nearest_code
 
 
 def seconds(call, times=5):
@@ -117,6 +119,44 @@ def bench_opening(count=400_000):
     )
 
 
+def bench_first_stage():
+    g = torch.Generator().manual_seed(0)
+    codes, z = torch.randn((16384, 4), generator=g), torch.randn((8192, 4), generator=g)
+
+    def matrix():  # the usual way: all N x K distances
+        return (z.square().sum(1, keepdim=True) + codes.square().sum(1) - 2 * z @ codes.T).argmin(1)
+
+    plain, tree = seconds(matrix, 2), seconds(lambda: nearest_code(z, codes))
+    young = seconds(lambda: nearest_code(z, codes / 16384))
+    print(f"nearest of 16384 codes for 8192 vectors: {1000 * tree:.1f} ms, distance matrix {1000 * plain:.0f} ms")
+    print(f"    ({plain / tree:.0f} times as fast; with codes as initialised {plain / young:.0f} times)")
+    for what in ("codes", 256, 512):
+        mib, taken = in_new_process(first_stage_memory, what)
+        name = "search" if what == "codes" else f"encode + decode of {what} x {what}, published size, float32"
+        print(f"    {name}: peak memory + {mib:.0f} MiB, {taken:.2f} s")
+
+
+def first_stage_memory(what):
+    """Peak memory in MiB above what the inputs and weights take, and seconds."""
+    torch.manual_seed(0)
+    if what == "codes":
+        codes, z = torch.randn(16384, 4), torch.randn(8192, 4)
+        call = lambda: nearest_code(z, codes)  # noqa: E731
+    else:
+        model, x = VQGAN().eval(), torch.rand(1, 3, what, what) * 2 - 1
+        call = torch.no_grad()(lambda: model.decode(model.encode(x)))
+    nearest_code(torch.zeros(1, 4), torch.zeros(1, 4))
+    before, start = peak_memory(), time.perf_counter()
+    call()
+    return peak_memory() - before, time.perf_counter() - start
+
+
+def in_new_process(function, *arguments):
+    """For memory: the peak of a process never falls."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def bench_frechet(d=2048):
     """Scipy's root of the product of the covariances is what the published tool takes; ours includes everything."""
     mix = torch.randn(d, d, dtype=torch.float64) / d**0.5
@@ -181,10 +221,9 @@ def streaming_memory(count, keep):
 
 
 def bench_memory():
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each: peaks do not fall
-        for what, keep in (("Frechet distance alone", 0), ("with 10,000 features kept", 10_000)):
-            rise = [pool.apply(streaming_memory, (count, keep)) for count in (1000, 5000, 20_000)]
-            print(f"memory, {what}: {rise[0]:.0f}, {rise[1]:.0f}, {rise[2]:.0f} MiB at 1,000, 5,000 and 20,000 images")
+    for what, keep in (("Frechet distance alone", 0), ("with 10,000 features kept", 10_000)):
+        rise = [in_new_process(streaming_memory, count, keep) for count in (1000, 5000, 20_000)]
+        print(f"memory, {what}: {rise[0]:.0f}, {rise[1]:.0f}, {rise[2]:.0f} MiB at 1,000, 5,000 and 20,000 images")
 
 
 def bench_evaluation():
@@ -222,6 +261,7 @@ BENCHES = {
     "training": bench_training,
     "sampling": bench_sampling,
     "packing": bench_opening,
+    "first-stage": bench_first_stage,
     "paintings": bench_paintings,
     "evaluation": bench_evaluation,
 }

@@ -19,7 +19,7 @@ import ldm
 import train
 from data import UserError, to_tensor
 from ldm import load_model, load_perceptual, perceptual_from, save_model
-from sample import psnr, reconstruct
+from sample import gradient_energy, psnr, reconstruct
 from train import FirstStage, FirstStageStage, complete
 from vqgan import (
     VGG16,
@@ -435,7 +435,8 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-SMALL = {"channels": 8, "multipliers": (1, 2), "size": 32, "crop": 16, "codes": 32, "batch": 4, "disc_channels": 8}
+SMALL = {"channels": 8, "multipliers": (1, 2), "size": 32, "crop": 16, "codes": 32, "batch": 4}
+SMALL |= {"disc_channels": 8, "quantise_from": 0}
 
 
 def stage(folder, **changes):
@@ -491,8 +492,10 @@ def test_codes_are_counted_over_an_epoch_and_unused_ones_move(folder):
         assert ("codes_used" in s.figures) == (n == epoch - 1)
     moved = (s.model.quantize.embedding.weight != dead).any(1)
     assert moved.sum() == 32 - s.figures["codes_used"] > 0 and s.counts.sum() == 0
-    z = s.model.encode(s.seen[0]).permute(0, 2, 3, 1).reshape(-1, 4)
-    assert all((z == code).all(1).any() for code in s.model.quantize.embedding.weight[moved])
+    draw = train.rng(s.settings.seed, epoch - 1, 4)
+    rows = s.train_rows[torch.randint(len(s.train_rows), (32,), generator=draw).numpy()]
+    z = torch.cat([s.model.encode(x) for x in s.images(rows, draw).split(8)]).permute(0, 2, 3, 1).flatten(0, 2)
+    assert all((z == code).all(1).any() for code in s.model.quantize.embedding.weight[moved])  # now on latents of images
     kept = stage(folder, reseed=False)
     before = kept.model.quantize.embedding.weight.clone()
     for n in range(epoch):
@@ -500,8 +503,22 @@ def test_codes_are_counted_over_an_epoch_and_unused_ones_move(folder):
     assert torch.equal(kept.model.quantize.embedding.weight, before)
 
 
+def test_the_code_book_joins_at_quantise_from(folder):
+    """Until then the network is an AE; then every code starts on a latent of some image, and quantisation costs little."""
+    s = stage(folder, quantise_from=3, codes=256)
+    codes = s.model.quantize.embedding.weight.clone()
+    s.loss(2)
+    assert s.figures["latent_loss"] == 0 and torch.equal(s.model.quantize.embedding.weight, codes)
+    x = s.seen[0]
+    torch.testing.assert_close(s.model.decode(s.model.encode(x)), s.model(x)[0])
+    s.loss(3)
+    assert (s.model.quantize.embedding.weight != codes).any(1).all()
+    assert 0 < s.figures["latent_loss"] < 0.1 * s.model.encode(x).var()
+
+
 ARGUMENTS = ("--stage", "vqgan", "--device", "cpu", "--precision", "float32", "--channels", 8, "--multipliers", 1, 2)
 ARGUMENTS += ("--size", 16, "--codes", 16, "--batch", 4, "--disc-channels", 8, "--disc-start", 4, "--updates", 8)
+ARGUMENTS += ("--quantise-from", 2)
 ARGUMENTS += ("--save-every", 4, "--validate-every", 4, "--preview-every", 4, "--perceptual", 0)
 
 
@@ -514,7 +531,7 @@ def test_a_run_from_start_to_end(run, folder, tmp_path):
         assert (tmp_path / "one" / name).exists()
     header, *rows = (tmp_path / "one" / "log.csv").read_text().splitlines()
     last = dict(zip(header.split(","), rows[-1].split(",")))
-    for column in ("lambda", "logit_real", "logit_fake", "disc_loss", "validation_psnr_ema"):
+    for column in ("lambda", "logit_real", "logit_fake", "disc_loss", "validation_psnr_ema", "validation_sharpness"):
         assert np.isfinite(float(last[column]))
 
 
@@ -689,6 +706,13 @@ def first_stage(tmp_path):
 def test_psnr():
     x = torch.zeros(2, 3, 4, 4)
     assert psnr(x, x + torch.tensor([0.2, 2.0])[:, None, None, None]).tolist() == pytest.approx([20.0, 10 * np.log10(4)])
+
+
+def test_gradient_energy_is_of_neighbours_and_falls_with_blur():
+    ramp = (torch.arange(8.0) / 8).expand(1, 3, 8, 8)
+    assert gradient_energy(ramp).item() == pytest.approx(1 / 8)
+    x = images(1, 32)
+    assert gradient_energy(F.avg_pool2d(x, 3, 1, 1)) < 0.5 * gradient_energy(x)
 
 
 def test_reconstruct_files(run, refused, first_stage, folder, tmp_path):
