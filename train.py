@@ -439,7 +439,7 @@ class LettersStage(Stage):
             picture.save(temporary)
 
 
-class FirstStageStage(Stage):
+class AutoencoderStage(Stage):
     """The first stage (3.1 to 3.4.1): an auto-encoder and, from `disc_start` on, its adversary."""
 
     Settings = FirstStage
@@ -604,7 +604,7 @@ def frozen(network):
         network.requires_grad_(True)
 
 
-STAGES = {"letters": LettersStage, "vqgan": FirstStageStage}
+STAGES = {"letters": LettersStage, "vqgan": AutoencoderStage}
 
 # ------------------------------------------------------------------------------------------------------------------
 # Averaged weights, learning rate, log

@@ -20,7 +20,7 @@ import train
 from data import UserError, to_tensor
 from ldm import load_model, load_perceptual, perceptual_from, save_model
 from sample import gradient_energy, psnr, reconstruct
-from train import FirstStage, FirstStageStage, complete
+from train import AutoencoderStage, FirstStage, complete
 from vqgan import (
     VGG16,
     VQGAN,
@@ -443,7 +443,7 @@ def stage(folder, **changes):
     common = {"precision": "float32", "device": "cpu", "model": "small", "perceptual": 0.0, "disc_start": 0}
     settings = FirstStage(data=str(folder), **(SMALL | common | changes))
     complete(settings)
-    return FirstStageStage(settings)
+    return AutoencoderStage(settings)
 
 
 def test_no_gradient_leaks_from_one_player_into_the_other(folder):
@@ -537,7 +537,7 @@ def test_a_run_from_start_to_end(run, folder, tmp_path):
 
 def test_interrupted_training_equals_the_uninterrupted_one(run, folder, tmp_path, monkeypatch):
     assert run("train", *ARGUMENTS, "--data", folder, "--out", tmp_path / "one")[0] == 0
-    validate, calls = FirstStageStage.validate, []
+    validate, calls = AutoencoderStage.validate, []
 
     def interrupted(self):
         calls.append(1)
@@ -545,10 +545,10 @@ def test_interrupted_training_equals_the_uninterrupted_one(run, folder, tmp_path
             os.kill(os.getpid(), 2)
         return validate(self)
 
-    monkeypatch.setattr(FirstStageStage, "validate", interrupted)
+    monkeypatch.setattr(AutoencoderStage, "validate", interrupted)
     code, out, _ = run("train", *ARGUMENTS, "--data", folder, "--out", tmp_path / "two")
     assert code == 130 and "--resume" in out
-    monkeypatch.setattr(FirstStageStage, "validate", validate)
+    monkeypatch.setattr(AutoencoderStage, "validate", validate)
     assert run("train", "--stage", "vqgan", "--resume", "--out", tmp_path / "two")[0] == 0
     one, two = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("one", "two"))
     for a, b in zip(one["players"], two["players"]):
@@ -681,7 +681,7 @@ def test_training_starts_from_a_published_file(run, refused, folder, tmp_path):
         perceptual=0.0,
     )
     complete(settings)
-    s = FirstStageStage(settings)
+    s = AutoencoderStage(settings)
     s.start()
     assert settings.codes == 24 and not settings.reseed
     assert all(torch.equal(a, b) for a, b in zip(s.model.state_dict().values(), model.state_dict().values()))
