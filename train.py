@@ -202,7 +202,7 @@ class FirstStage(Settings):
                 raise UserError(f"{option(name)} {typed}: --init {self.init} has {settings[name]}; leave the flag away")
         if not self.perceptual_files and "perceptual_loss" in published_losses(self.init):
             self.perceptual_files = self.init
-        return {name: settings[name] for name in names}
+        return {name: settings[name] for name in names} | {"quantise_from": 0}
 
     def _perceptual_weight(self):
         try:
@@ -446,18 +446,9 @@ class AutoencoderStage(Stage):
     next = "python sample.py --reconstruct IMAGE --run {out}"
     loss_name = "reconstruction loss: L1 + perceptual (the NLL of 4.4.7)"
     columns = (
-        *(
-            "l1",
-            "perceptual",
-            "latent_loss",
-            "codes_used",
-            "perplexity",
-            "validation_psnr",
-            "validation_psnr_ema",
-            "validation_sharpness",
-            "validation_sharpness_ema",
-        ),
+        *("l1", "perceptual", "latent_loss", "codes_used", "perplexity"),
         *("g_loss", "lambda", "disc_loss", "disc_grad_norm", "logit_real", "logit_fake"),
+        *("validation_psnr", "validation_psnr_ema", "validation_sharpness", "validation_sharpness_ema"),
     )
 
     def __init__(self, settings):
@@ -741,7 +732,7 @@ def train(stage_name, typed, resume):
 
     stage = Stage(settings)
     model = stage.model
-    players = stage.players()  # one, or an auto-encoder and its adversary
+    players = stage.players()  # one, or an auto-encoder and then its adversary
     optimizers = [
         torch.optim.AdamW(network.parameters(), settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
         for _, network, _, betas in players
