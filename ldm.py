@@ -101,6 +101,8 @@ def load_model(path, weights="ema", device="cpu"):
     model = build_letters(settings, classes) if content["stage"] == "letters" else build_first_stage(settings)
     load_weights(model, content["weights"][weights], path)
     model.stage, model.settings, model.update = content["stage"], settings, content["update"]
+    if settings.get("bottleneck") == "vq":
+        model.quantize.active = content["update"] >= settings["quantise_from"]
     return model.to(device).eval()
 
 
@@ -199,7 +201,8 @@ def foreign_names(path):
 def published_first_stage(state, path, weights):
     """The content of one of our model files, made from the state dict of a published one (`vq-f8`, `kl-f8`, ...)."""
     state = {name: value for name, value in state.items() if not name.startswith("loss.")}
-    settings = first_stage_settings(state, path) | {"size": 256, "beta": 0.25, "released": True, "kl_weight": 1e-6}
+    settings = first_stage_settings(state, path) | {"size": 256, "quantise_from": 0}
+    settings |= {"beta": 0.25, "released": True, "kl_weight": 1e-6}
     return {"stage": "vqgan", "settings": settings, "classes": [], "update": 0, "weights": {weights: state}}
 
 
@@ -222,7 +225,7 @@ def first_stage_settings(state, path):
         "z_channels": z_channels,
         "groups": 32,
         "bottleneck": "vq" if len(codes) else "kl" if wide else "none",
-        "codes": len(codes),
+        "codes": max(1, len(codes)),
     }
 
 

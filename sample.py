@@ -314,7 +314,7 @@ def parse():
     p.add_argument("--seed", type=int, default=0, help="seed of the first image; image k has seed + k (default 0)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default ema")
     p.add_argument("--batch", type=int, default=64, help="images at a time (default 64)")
-    p.add_argument("--size", type=int, help="pixels of a reconstruction (default: as the model was trained)")
+    p.add_argument("--size", type=int, help="pixels that images are cropped and resized to (default: as in training)")
     p.add_argument("--out", help="picture, or folder with --per-label and --reconstruct (default: named after what it shows)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     return p.parse_args()
@@ -389,7 +389,7 @@ def open_first_stage(run, args, device):
     model = load_model(run, args.weights, device)
     if model.stage != "vqgan":
         raise UserError(f"{run} is no first stage; python train.py --stage vqgan makes one in runs/vqgan")
-    size = args.size or model.settings.get("crop") or model.settings["size"]
+    size = args.size or model.settings["size"]
     if size % model.factor:
         raise UserError(f"--size {size}: expected a multiple of {model.factor}, the model's f")
     return model, size
@@ -434,6 +434,8 @@ def unique_names(files):
 def draw_prior(args, device):
     """--prior: for every run two rows, z ~ N(0, I) and the line between two of them."""
     columns, images, names = args.n or 8, [], []
+    if columns < 2:
+        raise UserError("--prior: a line between two z needs --n 2 or more")
     for run in args.prior:
         model, size = open_first_stage(run, args, device)
         images.append(prior_rows(model, size, columns, args.seed))

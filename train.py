@@ -155,7 +155,9 @@ class FirstStage(Settings):
     groups: int | None = flag(None, "of every normalisation", kind=int)
     beta: float = flag(0.25, "weight of the commitment loss (eq. 3.4)")
     released: bool = flag(False, "beta on the code-book term instead, as the published weights were trained (E14)")
-    quantise_from: int | None = flag(None, "update at which the code-book joins; until then the network is an AE", kind=int)
+    quantise_from: int | None = flag(
+        None, "update at which the code-book joins, until then the network is an AE (default: 1/6, at most 1,000)", kind=int
+    )
     reseed: bool | None = flag(None, "give codes that an epoch did not use a new place (default: unless --init)")
     kl_weight: float = flag(1e-4, "weight of the KL term of a VAE (eq. 3.1)")
     perceptual: float | None = flag(None, "weight of the perceptual loss (default: 1 if its files are there)", kind=float)
@@ -165,9 +167,9 @@ class FirstStage(Settings):
     adversarial: float = flag(0.6, "weight of the adversarial loss (VQ-GAN); 0 = none")
     adversarial_loss: str = flag("hinge", "form of it", choices=("hinge", "vanilla"))
     adaptive: bool = flag(True, "multiply it by lambda (E18)")
-    disc_start: int | None = flag(None, "update at which the adversary joins", kind=int)
+    disc_start: int | None = flag(None, "update at which the adversary joins (default: halfway, at most 10,000)", kind=int)
     disc_channels: int | None = flag(None, "width of the discriminator", kind=int)
-    disc_layers: int = flag(2, "halvings in the discriminator")
+    disc_layers: int | None = flag(None, "halvings in the discriminator", kind=int)
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(100.0, "largest gradient norm")
     validate_every: int = flag(500, "updates between two validation losses", resume=True)
@@ -180,6 +182,8 @@ class FirstStage(Settings):
     def check(self):
         self.perceptual = self._perceptual_weight() if self.perceptual is None else self.perceptual
         self.reseed = not self.init if self.reseed is None else self.reseed
+        self.disc_start = min(self.updates // 2, 10_000) if self.disc_start is None else self.disc_start
+        self.quantise_from = min(self.updates // 6, 1000) if self.quantise_from is None else self.quantise_from
         self.crop = self.crop or self.size
         super().check()
         factor = 2 ** (len(self.multipliers) - 1)
@@ -189,25 +193,38 @@ class FirstStage(Settings):
             raise UserError(f"--groups {self.groups}: must divide --channels {self.channels}")
         if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
             raise UserError(f"--attention-levels: expected numbers from 0 to {len(self.multipliers) - 1}")
+        if self.adversarial and self.crop >> self.disc_layers < 3:
+            raise UserError(f"--disc-layers {self.disc_layers}: too many for images of {self.crop} pixels")
+        if self.perceptual and self.crop < 16:
+            raise UserError(f"--crop {self.crop}: the perceptual loss needs at least 16 pixels; --perceptual 0 does without it")
+        if self.data == "letters" and self.size != 32:
+            raise UserError(f"--size {self.size}: the embedded letters have 32 pixels")
 
     def preset(self):
-        """The network of the model that --init names."""
-        if not self.init:
-            return {}
-        settings = load_model(self.init).settings
-        names = ("channels", "multipliers", "bottleneck", "z_channels", "codes", "blocks", "attention_levels", "groups")
-        for name in names:
-            typed = getattr(self, name)
-            if typed is not None and typed != settings[name]:
-                raise UserError(f"{option(name)} {typed}: --init {self.init} has {settings[name]}; leave the flag away")
-        if not self.perceptual_files and "perceptual_loss" in published_losses(self.init):
+        """The network of the model that --init names, its discriminator's included."""
+        network = ("channels", "multipliers", "bottleneck", "z_channels", "codes", "blocks", "attention_levels", "groups")
+        if not self.init or all(getattr(self, name) is not None for name in network):
+            return {"size": 32} if self.data == "letters" else {}
+        model, losses = load_model(self.init), published_losses(self.init)
+        if model.stage != "vqgan":
+            raise UserError(f"--init {self.init}: no first stage")
+        preset = {name: model.settings[name] for name in network}
+        if "discriminator" in losses:
+            kernels = [value for value in losses["discriminator"].values() if value.ndim == 4]
+            preset |= {"disc_channels": len(kernels[0]), "disc_layers": len(kernels) - 2}
+        for name, value in preset.items():
+            if getattr(self, name) not in (None, value):
+                raise UserError(f"{option(name)} {getattr(self, name)}: --init {self.init} has {value}; leave the flag away")
+        if not self.perceptual_files and "perceptual_loss" in losses:
             self.perceptual_files = self.init
-        return {name: settings[name] for name in names} | {"quantise_from": 0}
+        return preset | {"quantise_from": 0}
 
     def _perceptual_weight(self):
         try:
             load_perceptual(self.perceptual_files)
         except UserError as error:
+            if self.perceptual_files:
+                raise
             print(f"no perceptual loss: {error}")
             return 0.0
         return 1.0
@@ -249,9 +266,8 @@ SIZES = {
             "blocks": 1,
             "attention_levels": (),
             "groups": 1,
-            "disc_start": 3000,
-            "quantise_from": 1000,
             "disc_channels": 32,
+            "disc_layers": 2,
         },
         "thesis": {
             "updates": 100_000,
@@ -267,9 +283,8 @@ SIZES = {
             "blocks": 2,
             "attention_levels": (3,),
             "groups": 32,
-            "disc_start": 10_000,
-            "quantise_from": 0,
             "disc_channels": 64,
+            "disc_layers": 2,
         },
     },
 }
@@ -530,14 +545,14 @@ class AutoencoderStage(Stage):
         return rec + self.settings.perceptual * self.perceptual(x, x_r) if self.perceptual else rec
 
     def count(self, n, codes):
-        """At the end of an epoch: how many codes it used; those it did not use get a new place."""
+        """At the end of an epoch (or of 50 updates, if that is longer): how many codes it used; the others get a new place."""
         s = self.settings
         self.counts += torch.bincount(codes.flatten(), minlength=s.codes)
-        if (n + 1) * s.batch // len(self.train_rows) == n * s.batch // len(self.train_rows):
+        if (n + 1) % max(50, -(-len(self.train_rows) // s.batch)):
             return
         used, perplexity = code_use(self.counts)
         self.figures |= {"codes_used": torch.tensor(float(used)), "perplexity": torch.tensor(perplexity)}
-        if s.reseed:
+        if s.reseed and used < s.codes:
             self.reseed(n, torch.nonzero(self.counts == 0)[:, 0].tolist())
         self.counts.zero_()
 
@@ -587,7 +602,7 @@ class AutoencoderStage(Stage):
 
 @contextlib.contextmanager
 def frozen(network):
-    """Gradients flow through `network` inside this `with`, but not into it: the generator's step leaves nothing behind."""
+    """Gradients flow through `network` inside this `with`, but not into it: the generator's step leaves none behind."""
     network.requires_grad_(False)
     try:
         yield

@@ -286,23 +286,26 @@ class Codebook(nn.Module):
 
 
 def nearest_code(z, codes, chunk=2**21):
-    """argmin_j ||z_i - e_j||_2 (eq. 3.3), exact in float64, without the N x K matrix of distances.
+    """argmin_j ||z_i - e_j||_2 (eq. 3.3), in float64 (float32 on mps), without the N x K matrix of distances.
 
     On a CPU a k-d tree answers while D is small; otherwise the matrix is made `chunk` entries at a time, by
     ||z - e||^2 / 2 = ||e||^2 / 2 - z . e + const.   z: (N, D); codes: (K, D). Returns (N,) int64.
     """
     if z.device.type == "cpu" and z.shape[1] <= 8:
-        tree = cKDTree(codes.double().numpy(), balanced_tree=False, compact_nodes=False)  # built in 2 ms for 16384 x 4
-        return torch.from_numpy(tree.query(z.double().numpy(), workers=torch.get_num_threads())[1])
-    exact = torch.float32 if z.device.type == "mps" else torch.float64
-    z, codes = z.to(exact), codes.to(exact)
+        z, codes = (a.double().nan_to_num(0, 0, 0).numpy() for a in (z, codes))  # a diverged run is for the loop to report
+        tree = cKDTree(codes, balanced_tree=False, compact_nodes=False)  # built in 2 ms for 16384 x 4
+        return torch.from_numpy(tree.query(z, workers=torch.get_num_threads())[1])
+    precise = torch.float32 if z.device.type == "mps" else torch.float64
+    z, codes = z.to(precise), codes.to(precise)
     half = codes.square().sum(1) / 2
     rows = max(1, chunk // len(codes))
-    return torch.cat([torch.addmm(half, part, codes.T, alpha=-1).argmin(1) for part in z.split(rows)])
+    with torch.autocast(z.device.type, enabled=False):
+        return torch.cat([torch.addmm(half, part, codes.T, alpha=-1).argmin(1) for part in z.split(rows)])
 
 
 def code_use(counts):
     """How many codes are used, and their perplexity exp(-sum p log p). counts: (K,), over an epoch: a batch misleads."""
+    counts = counts.cpu()
     p = counts.double() / counts.sum().clamp(min=1)
     return int((counts > 0).sum()), torch.exp(torch.special.entr(p).sum()).item()
 
@@ -470,7 +473,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, x):
-        return self.main(x)
+        return self.main(x).to(x.dtype)  # full precision under autocast too
 
 
 def discriminator_loss(real, fake, kind="hinge"):

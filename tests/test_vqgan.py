@@ -164,13 +164,6 @@ def test_eq_3_4_losses_come_before_straight_through():
     assert gradients(F.mse_loss(z_q, z.detach()), z)[0].abs().sum() > 0
 
 
-def test_e16_reconstruction_term_is_a_negative_log_likelihood():
-    """L1 is -log p(x|z) of a Laplace density up to a constant: as printed, + log p, it would be maximised."""
-    x, x_r = images(1), images(1, seed=1)
-    nll = -torch.distributions.Laplace(x_r, 1.0).log_prob(x)
-    torch.testing.assert_close(nll.mean() - np.log(2), (x - x_r).abs().mean())
-
-
 @pytest.mark.parametrize("spread", [1.0, 4.0, 1 / 16384])  # trained codes, queries far outside them, codes as initialised
 @pytest.mark.parametrize("dim", [4, 12])  # the k-d tree, and the chunks
 def test_nearest_code_is_exact(spread, dim):
@@ -470,6 +463,25 @@ def test_loss_is_the_sum_of_its_terms_and_the_adversary_waits(folder):
     assert [name for name, *_ in stage(folder, adversarial=0.0).players()] == ["train"]
 
 
+def test_e16_reconstruction_loss_is_a_negative_log_likelihood(folder):
+    """L1 is -log p(x|z) of a Laplace density up to a constant: as printed, + log p, it would be maximised."""
+    x, x_r = images(2), images(2, seed=1)
+    nll = -torch.distributions.Laplace(x_r, 1.0).log_prob(x).mean((1, 2, 3))
+    torch.testing.assert_close(stage(folder).reconstruction_loss(x, x_r), nll - np.log(2))
+
+
+def test_a_model_saved_before_the_code_book_joined_does_not_quantise(tmp_path):
+    settings = TINY | {"size": 16, "bottleneck": "vq", "codes": 8, "beta": 0.25, "released": False, "quantise_from": 5}
+    model = ldm.build_first_stage(settings)
+    for update, active in ((4, False), (5, True)):
+        save_model(tmp_path / "m.pt", "vqgan", settings, [], update, {"ema": model.state_dict()})
+        assert load_model(tmp_path / "m.pt").quantize.active is active
+
+
+def test_a_diverged_network_is_reported_by_the_loop_and_not_by_the_search():
+    assert nearest_code(torch.full((2, 4), torch.nan), torch.randn(8, 4)).shape == (2,)
+
+
 def test_an_update_is_a_function_of_seed_and_number(folder):
     a, b = stage(folder, bottleneck="kl", flip=True), stage(folder, bottleneck="kl", flip=True)
     assert a.loss(7).item() == b.loss(7).item() != a.loss(8).item()
@@ -485,7 +497,7 @@ def test_crops_are_squares_of_the_images(folder):
 
 def test_codes_are_counted_over_an_epoch_and_unused_ones_move(folder):
     s = stage(folder, reseed=True)
-    epoch = -(-len(s.train_rows) // 4)
+    epoch = 50  # updates: the least that is counted over; an epoch of this set has ten
     dead = s.model.quantize.embedding.weight.clone()
     for n in range(epoch):
         s.loss(n)
@@ -578,6 +590,7 @@ def test_each_bottleneck_learns(folder, bottleneck):
         (("--attention-levels", 2), "--attention-levels: expected numbers from 0 to 1"),
         (("--codes", 0), "--codes 0: must be more than 0"),
         (("--beta", -1), "--beta -1.0: must be 0 or more"),
+        (("--disc-layers", 4), "--disc-layers 4: too many for images of 16 pixels"),
         (("--perceptual", 1, "--perceptual-files", "nowhere"), "vgg16-397923af.pth is not there"),
         (("--init", "nowhere.ckpt"), "nowhere.ckpt: no such file"),
     ],
@@ -666,9 +679,10 @@ def test_a_file_that_does_not_fit_says_how(tmp_path):
         load_model(tmp_path / "other.ckpt")
 
 
-def test_training_starts_from_a_published_file(run, refused, folder, tmp_path):
+@pytest.mark.parametrize("bottleneck", [Codebook(24, 4), GaussianBottleneck(), NoBottleneck()])
+def test_training_starts_from_a_published_file(refused, folder, tmp_path, bottleneck):
     """4.4.7, fine-tuning: --init sets the network and its weights, the adversary's too; a flag that disagrees is refused."""
-    model = published(Codebook(24, 4))
+    model = published(bottleneck)
     path = lightning_file(tmp_path / "model.ckpt", model)
     settings = FirstStage(
         data=str(folder),
@@ -683,11 +697,26 @@ def test_training_starts_from_a_published_file(run, refused, folder, tmp_path):
     complete(settings)
     s = AutoencoderStage(settings)
     s.start()
-    assert settings.codes == 24 and not settings.reseed and settings.quantise_from == 0  # its codes stay where they are
+    assert not settings.reseed and settings.quantise_from == 0  # the codes stay where they are
+    assert type(s.model.quantize) is type(bottleneck)
     assert all(torch.equal(a, b) for a, b in zip(s.model.state_dict().values(), model.state_dict().values()))
-    assert torch.equal(s.discriminator.state_dict()["main.3.running_mean"], torch.zeros(16))
-    message = refused("train", "--stage", "vqgan", "--init", path, "--codes", 12, "--data", folder, "--out", tmp_path / "run")
-    assert "--codes 12: --init" in message and "has 24" in message
+    adversary = ldm.published_losses(path)["discriminator"]
+    assert torch.equal(s.discriminator.main[0].weight, adversary["main.0.weight"]) and len(adversary["main.0.weight"]) == 8
+    message = refused(
+        "train", "--stage", "vqgan", "--init", path, "--channels", 12, "--data", folder, "--out", tmp_path / "run"
+    )
+    assert "--channels 12: --init" in message and "has 32" in message
+
+
+def test_a_run_that_fine_tunes_resumes_without_the_file_it_began_with(run, folder, tmp_path):
+    path = lightning_file(tmp_path / "model.ckpt", published(Codebook(24, 4)))
+    common = ("--stage", "vqgan", "--device", "cpu", "--out", tmp_path / "run")
+    size = ("--precision", "float32", "--size", 16, "--batch", 2, "--updates", 2, "--perceptual", 0)
+    code, _, err = run("train", *common, *size, "--init", path, "--data", folder)
+    assert code == 0, err
+    path.unlink()
+    code, _, err = run("train", *common, "--resume", "--updates", 3)
+    assert code == 0, err
 
 
 # ---------------------------------------------------------------------------------------------------- sample.py
