@@ -253,7 +253,7 @@ SIZES = {
     },
     FirstStage: {
         "small": {
-            "updates": 6000,
+            "updates": 7000,
             "batch": 8,
             "lr": 1e-3,
             "channels": 16,
