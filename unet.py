@@ -151,6 +151,100 @@ def linear_attention(q, k, v):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# 4.4.4, 4.5.1  Cross-attention
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class CrossAttention(nn.Module):
+    """4.4.4:  softmax(Q K^T / sqrt(d)) V  per head, Q from the positions of the image, K and V from the context.
+
+    Without a context, K and V come from the positions too: self-attention. No matrix of weights is held (SDPA).
+
+    With a context of one token, as the thesis's label is, the softmax runs over a single key and every weight is 1: the
+    output is W_o W_v c at every position, whatever Q. It conditions, but "focus on particular regions" (4.5.1) it cannot,
+    and to_q and to_k get no gradient (E52). It is kept for the published weights, and for contexts of more tokens.
+    """
+
+    def __init__(self, channels, context_channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(context_channels, channels, bias=False)
+        self.to_v = nn.Linear(context_channels, channels, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        q, k, v = (
+            project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or n, d)
+            for project, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+        )
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, C)
+
+
+class GEGLU(nn.Module):
+    """value * gelu(gate), both linear in x."""
+
+    def __init__(self, channels, inner):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels, dropout=0.0):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, feed-forward; each  x + f(norm x)."""
+
+    def __init__(self, channels, context_channels, heads):
+        super().__init__()
+        self.attn1 = CrossAttention(channels, channels, heads)
+        self.ff = FeedForward(channels)
+        self.attn2 = CrossAttention(channels, context_channels, heads)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.norm3 = nn.LayerNorm(channels)
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """4.5.1: a transformer block over the H W positions of a feature map, with the label as its context.
+
+    context: (B, n, context_channels), n tokens; heads of `head_channels` each, so that they double with the width.
+    """
+
+    def __init__(self, channels, context_channels, head_channels=32, groups=32):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        heads = channels // head_channels
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_channels, heads)])
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb, context):
+        H, W = x.shape[2:]
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, H W, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # 3.5.5, 4.5.1  The U-Net
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -260,3 +354,10 @@ def letters_unet(channels, multipliers, blocks, num_labels):
     groups = max(1, channels // 16)
     attention = partial(LinearAttention, groups=groups)
     return UNet(3, 3, channels, multipliers, blocks, attention, num_labels=num_labels, groups=groups)
+
+
+def latent_unet(channels, multipliers, blocks, z_channels, context_channels, attention_levels=None, groups=32):
+    """4.5.1: the U-Net of the latent model, 32 channels a head. `latent_unet(256, (1, 2, 4), 2, 4, 512)` is the thesis's,
+    394,984,196 parameters (E55), with the names and shapes of the published class-conditional model."""
+    attention = partial(SpatialTransformer, context_channels=context_channels, groups=groups)
+    return UNet(z_channels, z_channels, channels, multipliers, blocks, attention, attention_levels, groups=groups)
