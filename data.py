@@ -633,15 +633,27 @@ def read_tree(root, size):
 def open_image(file):
     try:
         return Image.open(file)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: not an image that can be read; remove it or replace it") from error
+
+
+def upright_8_bit(image):
+    """A Pillow image turned as the camera was held, 16-bit values scaled to 8 bits; UserError for 32 bits."""
+    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+        raise UserError("32-bit pixels: which value is white is not known")
+    image = ImageOps.exif_transpose(image)  # first: what follows forgets how the camera was held
+    if not image.mode.startswith("I"):
+        return image
+    deep, clear = np.asarray(image), image.info.get("transparency", -1)
+    return Image.fromarray(np.where(deep == clear, 255, np.rint(deep * (255 / 65535))).astype(np.uint8))
 
 
 def load_image(file, size, mode="RGB"):
     """One image, cropped to the centre square and resized: (size, size, C) uint8, C = 1 for mode "L", 3 for "RGB"."""
+    image = open_image(file)
     try:
-        image = crop_and_resize(open_image(file).convert(mode), size)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image = crop_and_resize(upright_8_bit(image).convert(mode), size)
+    except Exception as error:  # damaged files raise whatever the decoder stumbles on
         raise UserError(f"{file}: not an image that can be read ({error}); remove it or replace it") from error
     return np.asarray(image).reshape(size, size, -1)
 
@@ -791,13 +803,7 @@ def decode(file, size):
         if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
             raise UserError(f"animated: {image.n_frames} frames")
         image.draft(None, (2 * size, 2 * size))
-        if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
-            raise UserError("32-bit pixels: which value is white is not known")
-        image = ImageOps.exif_transpose(image)  # first: what follows forgets how the camera was held
-        if image.mode.startswith("I"):
-            deep = np.asarray(image)
-            clear = image.info.get("transparency", -1)
-            image = Image.fromarray(np.where(deep == clear, 255, np.rint(deep * (255 / 65535))).astype(np.uint8))
+        image = upright_8_bit(image)
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -1450,6 +1456,10 @@ def palette_of(words):
     return palette
 
 
+# of what makes a set of one's own: such a set does not go where the default one is kept
+DEFAULTS = {"space": "rgb", "palette": None, "count": 2000, "shares": "balanced", "seed": 0}
+
+
 def parse():
     parser = argparse.ArgumentParser(description="Sets of images: letters (4.2.1) and paintings (4.2.2).")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1461,24 +1471,20 @@ def parse():
     p.add_argument("--data", help="folder of images, nested or flat (default: the embedded painter)")
     p.add_argument("--out", help="folder for the packed set (default: beside --data, or the user's cache)")
     p.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
-    p.add_argument(
-        "--space", choices=("rgb", "lab"), default="rgb", help="where the nearest colour is looked for (default rgb)"
-    )
+    p.add_argument("--space", choices=("rgb", "lab"), help="where the nearest colour is looked for (default rgb)")
     p.add_argument("--palette", nargs="+", metavar="NAME=#RRGGBB", help="the label colours (default: table 4.1, CSS values)")
-    p.add_argument("--count", type=int, default=2000, help="how many pictures to paint (default 2000)")
-    p.add_argument("--shares", choices=("balanced", "table"), default="balanced", help="of the painted labels; table = 4.1's")
-    p.add_argument("--seed", type=int, default=0, help="of the painted pictures (default 0)")
+    p.add_argument("--count", type=int, help="how many pictures to paint (default 2000)")
+    p.add_argument("--shares", choices=("balanced", "table"), help="of the painted labels; table = 4.1's")
+    p.add_argument("--seed", type=int, help="of the painted pictures (default 0)")
     p.add_argument("--processes", type=int, help="default: one a core")
     p.add_argument("--sheet", help="write a contact sheet by label, as fig. 4.4, to this file")
     p.add_argument("--each", type=int, default=8, help="images a label on the sheet (default 8)")
+    p.set_defaults(**DEFAULTS)
     p = commands.add_parser("relabel", help="compare the RGB and the LAB rule on a set: histograms, transitions, mismatches")
     p.add_argument("--data", help="folder of images, or packed by `paintings` (default: the embedded painter)")
     p.add_argument("--out", default="relabel", help="folder for chart.png and mismatches.png (default relabel)")
     p.add_argument("--size", type=int, help="of images that are not packed yet (default 256)")
     return parser.parse_args()
-
-
-DEFAULTS = {"space": "rgb", "palette": None, "count": 2000, "shares": "balanced", "seed": 0}
 
 
 def main():
@@ -1504,7 +1510,7 @@ def paintings_command(args):
         raise UserError("--size must be 8 or more, --count, --each and --processes 1 or more, --seed 0 or more")
     if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--sheet {args.sheet}: not the name of a picture; end it with .png")
-    own = [name for name in ("space", "palette", "count", "shares", "seed") if getattr(args, name) != DEFAULTS[name]]
+    own = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
     useless = set(own) & ({"count", "shares", "seed"} if args.data else {"space", "palette"})
     if useless:
         with_data = "with" if args.data else "without"

@@ -152,6 +152,22 @@ def test_any_folder_per_class_tree_and_colour(tmp_path):
     assert (pets.images[pets.labels == 1] == (200, 10, 0)).all()
 
 
+def test_letters_of_16_bits_are_scaled_not_clipped_and_turned_images_upright(tmp_path):
+    values = np.arange(0, 256, 8, dtype=np.uint16).repeat(32).reshape(32, 32)
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(values * 257).save(tmp_path / "set" / name / "0.png")
+    letters = open_packed(tmp_path / "set", 32)
+    assert letters.images.shape == (2, 32, 32, 1) and (letters.images[..., 0] == values).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to view
+    Image.fromarray(np.rot90(values).astype(np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(data.load_image(tmp_path / "turned.png", 32, "L")[..., 0], values)
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="float.tif: not an image that can be read .32-bit"):
+        data.load_image(tmp_path / "float.tif", 32)
+
+
 def test_npz_with_the_keys_of_the_kaggle_file(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (52, 32, 32), np.uint8)
     labels = np.tile(np.arange(26), 2)
