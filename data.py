@@ -759,13 +759,17 @@ def source_names(root, files):
 
     So a painting that is in two folders under the same name, as WikiArt has them, is one source.
     """
-    known = {}
-    if (root / "SOURCES.csv").exists():
-        with (root / "SOURCES.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-        if rows and not {"file", "source"} <= rows[0].keys():
-            raise UserError(f"{root / 'SOURCES.csv'}: expected the columns file and source, found {', '.join(rows[0])}")
-        known = {row["file"]: row["source"] for row in rows}
+    known, path = {}, root / "SOURCES.csv"
+    if path.exists():
+        try:
+            with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                table = csv.DictReader(file)
+                if not {"file", "source"} <= set(table.fieldnames or ()):
+                    found = ", ".join(table.fieldnames or ()) or "nothing"
+                    raise UserError(f"{path}: expected the columns file and source, found {found}")
+                known = {row["file"]: row["source"] for row in table if row["source"]}
+        except csv.Error as error:
+            raise UserError(f"{path}: not a table that can be read ({error})") from error
     return [known.get(file.as_posix(), known.get(file.name, file.stem)) for file in files]
 
 

@@ -332,7 +332,7 @@ def test_a_changed_set_is_packed_again(tmp_path):
     assert len(np.unique(open_paintings(tmp_path / "set", 16).sources)) == 6
     halves().save(tmp_path / "set" / "Color_Field_Painting" / "large" / "new.png")
     assert len(open_paintings(tmp_path / "set", 16).images) == 7
-    (tmp_path / "set" / "SOURCES.csv").write_text("file,source\nartist_0.png,a\nartist_1.png,a\nartist_2.png,a\n")
+    (tmp_path / "set" / "SOURCES.csv").write_text("file,source\nartist_0.png,a\nartist_1.png,a\nartist_2.png,a\nartist_3.png\n")
     assert len(np.unique(open_paintings(tmp_path / "set", 16).sources)) == 5  # three files are one source now
 
 
@@ -451,6 +451,8 @@ def test_what_is_not_a_set_is_one_clear_line_and_nothing_is_overwritten(tmp_path
     assert "sky=blu: expected name=#rrggbb" in bad
     (root / "SOURCES.csv").write_text("name,painter\na,b\n")
     assert "expected the columns file and source" in refused("data", "paintings", "--data", root, "--out", out)
+    (root / "SOURCES.csv").write_text("")
+    assert "found nothing" in refused("data", "paintings", "--data", root, "--out", out)
     (root / "SOURCES.csv").unlink()
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["flat", "hollow", "mine", "set"]
     pack_paintings(root, out, 16)
