@@ -641,7 +641,7 @@ def upright_8_bit(image):
     """A Pillow image turned as the camera was held, 16-bit values scaled to 8 bits; UserError for 32 bits."""
     if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
         raise UserError("32-bit pixels: which value is white is not known")
-    image = ImageOps.exif_transpose(image)  # first: what follows forgets how the camera was held
+    ImageOps.exif_transpose(image, in_place=True)  # first: what follows forgets how the camera was held
     if not image.mode.startswith("I"):
         return image
     deep, clear = np.asarray(image), image.info.get("transparency", -1)
