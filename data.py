@@ -92,7 +92,10 @@ def whole_file(path):
 
 
 def _remove(path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -270,16 +273,15 @@ class Paintings(ImageSet):
         total = counts.sum(0)
         wanted = np.where(total > 1, np.maximum(1, np.rint(share * total)), 0)
         most = np.minimum(np.maximum(1, 2 * wanted), total // 2)
-        held_out, held = [], np.zeros_like(total)
+        held_out, held = np.zeros(len(sources), bool), np.zeros_like(total)
         for label in np.argsort(total, kind="stable"):
             for i in order[counts[order, label] > 0]:
                 if held[label] >= wanted[label]:
                     break
-                if (held + counts[i] <= most).all() and i not in held_out:
-                    held_out.append(i)
+                if not held_out[i] and (held + counts[i] <= most).all():
+                    held_out[i] = True
                     held += counts[i]
-        validates = np.isin(source, held_out)
-        return np.flatnonzero(~validates), np.flatnonzero(validates)
+        return np.flatnonzero(~held_out[source]), np.flatnonzero(held_out[source])
 
 
 def open_letters(path=None):
@@ -336,32 +338,37 @@ def permutation(n, *key):
     return torch.randperm(n, generator=rng(*key)).numpy()
 
 
+def endless(position, size, seed, *key):
+    """The entries `position` of an endless chain of permutations of `size` rows, one an epoch."""
+    epoch, place = np.divmod(position, size)
+    rows = np.empty(len(position), np.int64)
+    for e in np.unique(epoch):
+        rows[epoch == e] = permutation(size, seed, int(e), *key)[place[epoch == e]]
+    return rows
+
+
 def rows_of_update(seed, n, batch, size):
     """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch.
 
     With several processes, `batch` is that of all together and process r of R takes rows[r::R].
     """
-    position = np.arange(n * batch, (n + 1) * batch)
-    return np.concatenate(
-        [permutation(size, seed, e, 1)[position[position // size == e] % size] for e in np.unique(position // size)]
-    )
+    return endless(np.arange(n * batch, (n + 1) * batch), size, seed, 1)
 
 
 def balanced_rows_of_update(seed, n, batch, labels):
     """4.2.2, against the un-balancing: like `rows_of_update`, but every label is seen equally often, however rare it is.
 
     Labels take turns, so a batch has equal shares as far as its size allows; each goes through permutations of its own
-    images, so none returns before all of its label were seen. labels: (N,), of the images to draw from.
+    images, so none returns before all of its label were seen. The batch is then shuffled, or a process whose stride shares
+    a factor with the number of labels would always see the same few. labels: (N,), of the images to draw from.
     """
     present = np.unique(labels)
-    position = np.arange(n * batch, (n + 1) * batch)
+    turn, label = np.divmod(np.arange(n * batch, (n + 1) * batch), len(present))
     rows = np.empty(batch, np.int64)
-    for k, label in enumerate(present):
-        members = np.flatnonzero(labels == label)
-        turn = position % len(present) == k
-        epoch, draw = np.divmod(position[turn] // len(present), len(members))
-        rows[turn] = [members[permutation(len(members), seed, int(e), 4, k)[d]] for e, d in zip(epoch, draw)]
-    return rows
+    for k, value in enumerate(present):
+        members = np.flatnonzero(labels == value)
+        rows[label == k] = members[endless(turn[label == k], len(members), seed, 4, k)]
+    return rows[torch.randperm(batch, generator=rng(seed, n, 6)).numpy()]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -626,15 +633,27 @@ def read_tree(root, size):
 def open_image(file):
     try:
         return Image.open(file)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{file}: not an image that can be read; remove it or replace it") from error
+
+
+def upright_8_bit(image):
+    """A Pillow image turned as the camera was held, 16-bit values scaled to 8 bits; UserError for 32 bits."""
+    if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
+        raise UserError("32-bit pixels: which value is white is not known")
+    ImageOps.exif_transpose(image, in_place=True)  # first: what follows forgets how the camera was held
+    if not image.mode.startswith("I"):
+        return image
+    deep, clear = np.asarray(image), image.info.get("transparency", -1)
+    return Image.fromarray(np.where(deep == clear, 255, np.rint(deep * (255 / 65535))).astype(np.uint8))
 
 
 def load_image(file, size, mode="RGB"):
     """One image, cropped to the centre square and resized: (size, size, C) uint8, C = 1 for mode "L", 3 for "RGB"."""
+    image = open_image(file)
     try:
-        image = crop_and_resize(open_image(file).convert(mode), size)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image = crop_and_resize(upright_8_bit(image).convert(mode), size)
+    except Exception as error:  # damaged files raise whatever the decoder stumbles on
         raise UserError(f"{file}: not an image that can be read ({error}); remove it or replace it") from error
     return np.asarray(image).reshape(size, size, -1)
 
@@ -684,6 +703,8 @@ def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=N
     on when it is repeated. The set counts as changed when a file is added to or removed from its folders, or SOURCES.csv is
     edited. processes: None = one a core. Returns the set; raises UserError where there is nothing to pack.
     """
+    if folder.is_relative_to(root):
+        raise UserError(f"--out {folder} lies within --data {root}, which is left as it is; name a folder outside of it")
     tree = [(path, names) for path, _, names in walk(root)]
     dates = [path for path, _ in tree] + [root / "SOURCES.csv"] * (root / "SOURCES.csv").exists()
     dates = sorted([str(path.relative_to(root)), path.stat().st_mtime_ns] for path in dates)
@@ -706,8 +727,16 @@ def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=N
 
 
 def walk(root):
-    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders, through links."""
+    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders, through links.
+
+    A folder that links lead to twice, such as one that holds itself, counts once.
+    """
+    seen = set()
     for path, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         inside = {folder.name for folder in subfolders(Path(path))}
         folders[:] = [name for name in folders if name in inside]
         yield Path(path), folders, [name for name in files if is_image(Path(name))]
@@ -730,13 +759,17 @@ def source_names(root, files):
 
     So a painting that is in two folders under the same name, as WikiArt has them, is one source.
     """
-    known = {}
-    if (root / "SOURCES.csv").exists():
-        with (root / "SOURCES.csv").open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-        if rows and not {"file", "source"} <= rows[0].keys():
-            raise UserError(f"{root / 'SOURCES.csv'}: expected the columns file and source, found {', '.join(rows[0])}")
-        known = {row["file"]: row["source"] for row in rows}
+    known, path = {}, root / "SOURCES.csv"
+    if path.exists():
+        try:
+            with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                table = csv.DictReader(file)
+                if not {"file", "source"} <= set(table.fieldnames or ()):
+                    found = ", ".join(table.fieldnames or ()) or "nothing"
+                    raise UserError(f"{path}: expected the columns file and source, found {found}")
+                known = {row["file"]: row["source"] for row in table if row["source"]}
+        except csv.Error as error:
+            raise UserError(f"{path}: not a table that can be read ({error})") from error
     return [known.get(file.as_posix(), known.get(file.name, file.stem)) for file in files]
 
 
@@ -761,6 +794,8 @@ def decode(file, size):
     Cameras' rotation is applied, transparent pixels lie on white paper, 16-bit values are scaled. JPEGs far larger than
     needed are decoded at an eighth to a half of their size.
     """
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise UserError("not a file: a pipe, a device or a link to nowhere")
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # large but not too large, odd metadata
         try:
@@ -772,14 +807,11 @@ def decode(file, size):
         if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
             raise UserError(f"animated: {image.n_frames} frames")
         image.draft(None, (2 * size, 2 * size))
-        if image.mode == "F" or image.mode == "I" and image.getextrema()[1] > 65535:
-            raise UserError("32-bit pixels: which value is white is not known")
-        if image.mode.startswith("I"):
-            image = Image.fromarray(np.rint(np.asarray(image) * (255 / 65535)).astype(np.uint8))
+        image = upright_8_bit(image)
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(paper, image.convert("RGBA"))
-        return crop_and_resize(ImageOps.exif_transpose(image).convert("RGB"), size)
+        return crop_and_resize(image.convert("RGB"), size)
 
 
 def is_plain(image):
@@ -1428,6 +1460,10 @@ def palette_of(words):
     return palette
 
 
+# of what makes a set of one's own: such a set does not go where the default one is kept
+DEFAULTS = {"space": "rgb", "palette": None, "count": 2000, "shares": "balanced", "seed": 0}
+
+
 def parse():
     parser = argparse.ArgumentParser(description="Sets of images: letters (4.2.1) and paintings (4.2.2).")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1439,24 +1475,20 @@ def parse():
     p.add_argument("--data", help="folder of images, nested or flat (default: the embedded painter)")
     p.add_argument("--out", help="folder for the packed set (default: beside --data, or the user's cache)")
     p.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
-    p.add_argument(
-        "--space", choices=("rgb", "lab"), default="rgb", help="where the nearest colour is looked for (default rgb)"
-    )
+    p.add_argument("--space", choices=("rgb", "lab"), help="where the nearest colour is looked for (default rgb)")
     p.add_argument("--palette", nargs="+", metavar="NAME=#RRGGBB", help="the label colours (default: table 4.1, CSS values)")
-    p.add_argument("--count", type=int, default=2000, help="how many pictures to paint (default 2000)")
-    p.add_argument("--shares", choices=("balanced", "table"), default="balanced", help="of the painted labels; table = 4.1's")
-    p.add_argument("--seed", type=int, default=0, help="of the painted pictures (default 0)")
+    p.add_argument("--count", type=int, help="how many pictures to paint (default 2000)")
+    p.add_argument("--shares", choices=("balanced", "table"), help="of the painted labels; table = 4.1's")
+    p.add_argument("--seed", type=int, help="of the painted pictures (default 0)")
     p.add_argument("--processes", type=int, help="default: one a core")
     p.add_argument("--sheet", help="write a contact sheet by label, as fig. 4.4, to this file")
     p.add_argument("--each", type=int, default=8, help="images a label on the sheet (default 8)")
+    p.set_defaults(**DEFAULTS)
     p = commands.add_parser("relabel", help="compare the RGB and the LAB rule on a set: histograms, transitions, mismatches")
     p.add_argument("--data", help="folder of images, or packed by `paintings` (default: the embedded painter)")
     p.add_argument("--out", default="relabel", help="folder for chart.png and mismatches.png (default relabel)")
     p.add_argument("--size", type=int, help="of images that are not packed yet (default 256)")
     return parser.parse_args()
-
-
-DEFAULTS = {"space": "rgb", "palette": None, "count": 2000, "shares": "balanced", "seed": 0}
 
 
 def main():
@@ -1482,7 +1514,7 @@ def paintings_command(args):
         raise UserError("--size must be 8 or more, --count, --each and --processes 1 or more, --seed 0 or more")
     if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--sheet {args.sheet}: not the name of a picture; end it with .png")
-    own = [name for name in ("space", "palette", "count", "shares", "seed") if getattr(args, name) != DEFAULTS[name]]
+    own = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
     useless = set(own) & ({"count", "shares", "seed"} if args.data else {"space", "palette"})
     if useless:
         with_data = "with" if args.data else "without"
@@ -1508,6 +1540,8 @@ def paintings_command(args):
 def relabel_command(args):
     state = packed_state(Path(args.data)) if args.data else None
     state = state or {"size": 256, "palette": COLOURS}
+    if "palette" not in state:
+        raise UserError(f"{args.data}: its labels are no colours; pack its images with python data.py paintings first")
     palette, paintings = state["palette"], open_paintings(args.data, args.size or state["size"])
     rgb, lab, excess = relabel(paintings, palette)
     print(transition_report(rgb, lab, paintings.classes))

@@ -39,6 +39,46 @@ def test_crop_comes_before_resize_so_nothing_is_deformed():
     assert np.abs(turned.astype(int) - small).max() < 8  # Pillow rounds between its two passes
 
 
+def test_the_crop_is_the_centre_square_of_odd_sizes_too():
+    """Without a resize the pixels are those of the box; of an odd rest, the smaller half goes left and above."""
+    for width, height in ((7, 4), (4, 7), (8, 5), (5, 5), (1, 6), (31, 12)):
+        pixels = np.arange(width * height * 3, dtype=np.uint32).astype(np.uint8).reshape(height, width, 3)
+        side = min(width, height)
+        left, top = [(rest - rest % 2) // 2 for rest in (width - side, height - side)]
+        cropped = np.asarray(crop_and_resize(Image.fromarray(pixels), side))
+        assert np.array_equal(cropped, pixels[top : top + side, left : left + side])
+
+
+def lanczos_by_hand(pixels, size):
+    """A square reduced along x, then along y: sinc(t) sinc(t / 3), |t| < 3, stretched by the factor; rounded after each."""
+    factor = len(pixels) / size
+    centres = (np.arange(size) + 0.5) * factor - 0.5
+    t = (np.arange(len(pixels)) - centres[:, None]) / factor
+    weights = np.where(np.abs(t) < 3, np.sinc(t) * np.sinc(t / 3), 0)
+    weights /= weights.sum(1, keepdims=True)
+    along_x = np.clip(np.floor(np.einsum("ij,yjc->yic", weights, pixels.astype(float)) + 0.5), 0, 255)
+    return np.clip(np.floor(np.einsum("ij,jxc->ixc", weights, along_x) + 0.5), 0, 255)
+
+
+def test_the_resize_against_plain_numpy():
+    random = np.random.default_rng(0)
+    for side, size in ((64, 16), (90, 32), (37, 12)):
+        pixels = random.integers(0, 256, (side, side, 3), np.uint8)
+        small = np.asarray(crop_and_resize(Image.fromarray(pixels), size)).astype(int)
+        assert np.abs(small - lanczos_by_hand(pixels, size)).max() <= 1  # Pillow's weights have 22 bits: .5 may go either way
+        assert (small == lanczos_by_hand(pixels, size)).mean() > 0.999
+
+
+def test_a_constant_and_a_ramp_are_resized_exactly():
+    constant = np.full((60, 77, 3), (12, 130, 255), np.uint8)
+    assert (np.asarray(crop_and_resize(Image.fromarray(constant), 17)) == (12, 130, 255)).all()
+    ramp = np.tile(np.arange(0, 256, 2, dtype=np.uint8), (128, 1))
+    means = ramp.reshape(128, 32, 4).mean(2)[::4]  # of every block of four: 8 i + 3
+    for turned, expected in ((ramp, means), (ramp.T, means.T)):
+        small = np.asarray(crop_and_resize(Image.fromarray(turned), 32))
+        assert np.array_equal(small[3:-3, 3:-3], expected[3:-3, 3:-3])  # at the border the filter is cut off
+
+
 def test_resize_is_anti_aliased():
     lines = np.zeros((64, 64), np.uint8)
     lines[:, ::2] = 255
@@ -110,6 +150,22 @@ def test_any_folder_per_class_tree_and_colour(tmp_path):
     pets = open_packed(root, 32)
     assert pets.classes == ["cat", "dog", "eel"] and pets.images.shape == (9, 32, 32, 3)
     assert (pets.images[pets.labels == 1] == (200, 10, 0)).all()
+
+
+def test_letters_of_16_bits_are_scaled_not_clipped_and_turned_images_upright(tmp_path):
+    values = np.arange(0, 256, 8, dtype=np.uint16).repeat(32).reshape(32, 32)
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.fromarray(values * 257).save(tmp_path / "set" / name / "0.png")
+    letters = open_packed(tmp_path / "set", 32)
+    assert letters.images.shape == (2, 32, 32, 1) and (letters.images[..., 0] == values).all()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise to view
+    Image.fromarray(np.rot90(values).astype(np.uint8)).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(data.load_image(tmp_path / "turned.png", 32, "L")[..., 0], values)
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(UserError, match="float.tif: not an image that can be read .32-bit"):
+        data.load_image(tmp_path / "float.tif", 32)
 
 
 def test_npz_with_the_keys_of_the_kaggle_file(tmp_path):

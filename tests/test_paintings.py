@@ -1,6 +1,7 @@
 """Section 4.2.2: colours and their labels, folders of paintings, the embedded painter."""
 
 import csv
+import os
 import struct
 import threading
 import zlib
@@ -26,6 +27,7 @@ from data import (
     mean_colour,
     nearest_colour,
     open_letters,
+    open_packed,
     open_paintings,
     pack_once,
     pack_paintings,
@@ -135,11 +137,21 @@ def looks_like(image, left=TEAL, right=ROSE, tolerance=2):
     return np.abs(pixels[:, 3:13] - left).max() <= tolerance and np.abs(pixels[:, 19:29] - right).max() <= tolerance
 
 
-def png_of(path, width, height):
-    """The header of a PNG of that size, and no pixels."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+def write_png(path, width, height, depth, colour, *chunks):
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)), *chunks, (b"IEND", b"")]
     data_of = b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + data_of)
+
+
+def png_of(path, width, height):
+    """The header of a PNG of that size, and no pixels."""
+    write_png(path, width, height, 8, 2, (b"IDAT", zlib.compress(b"")))
+
+
+def deep_png(path, pixels, *chunk):
+    """A 16-bit grey PNG with a chunk that Pillow does not write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    write_png(path, *pixels.shape[::-1], 16, 0, chunk, (b"IDAT", zlib.compress(rows)))
 
 
 def test_images_of_every_odd_kind_come_out_as_they_look(tmp_path):
@@ -170,6 +182,12 @@ def test_images_of_every_odd_kind_come_out_as_they_look(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn clockwise to view
     assert looks_like(saved(turned, "turned.jpg", exif=exif, quality=95), tolerance=6)
+    transparent = turned.convert("RGBA")
+    transparent.putpixel((0, 0), (0, 0, 0, 0))
+    assert looks_like(saved(transparent, "turned.png", exif=exif), tolerance=0)  # turned and transparent
+    assert looks_like(saved(Image.fromarray(np.rot90(deep).copy()), "turned_deep.png", exif=exif), (100,) * 3, (200,) * 3)
+    deep_png(tmp_path / "clear_deep.png", deep, b"tRNS", struct.pack(">H", 100 * 257))
+    assert looks_like(decode(tmp_path / "clear_deep.png", 32), (255,) * 3, (200,) * 3)  # one grey value is transparent
     broken = (tmp_path / "turned.jpg").read_bytes().replace(b"MM\x00*", b"MM\x00!").replace(b"II*\x00", b"II!\x00")
     (tmp_path / "odd_exif.jpg").write_bytes(broken)
     assert decode(tmp_path / "odd_exif.jpg", 32).size == (32, 32)  # nonsense beside the picture does not cost the picture
@@ -196,6 +214,8 @@ def write_rejected(folder):
     Image.fromarray(np.full((40, 40), 1_000_000, np.int32)).save(folder / "integer.tif")
     Image.new("RGB", (50, 50), TEAL).save(folder / "flat.png")
     Image.new("RGBA", (50, 50), (200, 10, 10, 0)).save(folder / "invisible.png")
+    (folder / "lost.png").symlink_to("nowhere.png")
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for ever
     return {
         "truncated.jpg": "damaged: ",
         "text.png": "not an image",
@@ -209,6 +229,8 @@ def write_rejected(folder):
         "integer.tif": "32-bit pixels",
         "flat.png": "plain",
         "invisible.png": "plain",
+        "lost.png": "not a file",
+        "pipe.png": "not a file",
     }
 
 
@@ -231,7 +253,7 @@ def test_bad_files_are_rejected_with_a_reason_and_stop_nothing(tmp_path):
         assert table[f"style/{name}"]["row"] == table[f"style/{name}"]["label"] == ""
     assert len(table) == len(reasons) + 2
     report = paintings.report()
-    assert "12 of 14 files rejected: 3 animated, " in report and "2 damaged" in report and "files.csv" in report
+    assert "14 of 16 files rejected: 3 animated, " in report and "2 damaged" in report and "files.csv" in report
 
 
 def test_plain_images_survive_nothing_that_a_camera_adds():
@@ -310,8 +332,17 @@ def test_a_changed_set_is_packed_again(tmp_path):
     assert len(np.unique(open_paintings(tmp_path / "set", 16).sources)) == 6
     halves().save(tmp_path / "set" / "Color_Field_Painting" / "large" / "new.png")
     assert len(open_paintings(tmp_path / "set", 16).images) == 7
-    (tmp_path / "set" / "SOURCES.csv").write_text("file,source\nartist_0.png,a\nartist_1.png,a\nartist_2.png,a\n")
+    (tmp_path / "set" / "SOURCES.csv").write_text("file,source\nartist_0.png,a\nartist_1.png,a\nartist_2.png,a\nartist_3.png\n")
     assert len(np.unique(open_paintings(tmp_path / "set", 16).sources)) == 5  # three files are one source now
+
+
+def test_a_link_to_a_folder_above_counts_no_image_twice(tmp_path):
+    write_paintings(tmp_path / "set", 6)
+    (tmp_path / "set" / "Action_painting" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere").mkdir()
+    halves().save(tmp_path / "elsewhere" / "linked.png")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert len(open_paintings(tmp_path / "set", 16).images) == 7
 
 
 def test_folders_named_after_colours_keep_their_labels_in_the_order_of_the_table(tmp_path):
@@ -410,12 +441,18 @@ def test_what_is_not_a_set_is_one_clear_line_and_nothing_is_overwritten(tmp_path
     assert "no images in it" in refused("data", "paintings", "--data", tmp_path / "hollow")
     assert "all of 1 files were rejected: 1 plain" in refused("data", "paintings", "--data", tmp_path / "flat", "--out", out)
     assert "holds other files" in refused("data", "paintings", "--data", root, "--out", tmp_path / "mine")
+    assert "lies within --data" in refused("data", "paintings", "--data", root, "--out", root / "packed")
+    assert "lies within --data" in refused("data", "paintings", "--data", root, "--out", root)
+    written = refused("data", "paintings", "--data", root, "--out", tmp_path / "mine" / "thesis.txt")
+    assert "thesis.txt: Not a directory" in written
     assert "--space: such a set needs a folder of its own" in refused("data", "paintings", "--data", root, "--space", "lab")
     assert "--count: means nothing with --data" in refused("data", "paintings", "--data", root, "--count", 5, "--out", out)
     bad = refused("data", "paintings", "--data", root, "--out", out, "--palette", "red=#ff0000", "sky=blu")
     assert "sky=blu: expected name=#rrggbb" in bad
     (root / "SOURCES.csv").write_text("name,painter\na,b\n")
     assert "expected the columns file and source" in refused("data", "paintings", "--data", root, "--out", out)
+    (root / "SOURCES.csv").write_text("")
+    assert "found nothing" in refused("data", "paintings", "--data", root, "--out", out)
     (root / "SOURCES.csv").unlink()
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["flat", "hollow", "mine", "set"]
     pack_paintings(root, out, 16)
@@ -424,6 +461,11 @@ def test_what_is_not_a_set_is_one_clear_line_and_nothing_is_overwritten(tmp_path
     assert (out / "images.npy").read_bytes() == before
     (out / "labels.npy").write_bytes(b"")
     assert "cannot be read" in refused("data", "relabel", "--data", out)
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        halves().save(tmp_path / "pets" / name / "a.png")
+    open_packed(tmp_path / "pets", 32)
+    assert "its labels are no colours" in refused("data", "relabel", "--data", tmp_path / "pets.packed32")
 
 
 # ---------------------------------------------------------------------------------------------------- split, balance
@@ -457,10 +499,13 @@ def test_split_parts_no_source():
     assert set(one.labels[one.split()[1]]) == {4}  # label 3 has one source: all of it stays for training
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [1, 3, 4])
 def test_ranks_together_see_every_image_once_an_epoch(world):
-    slices = [[rows_of_update(0, n, 12, 36)[rank::world] for n in range(3)] for rank in range(world)]
-    assert sorted(np.concatenate([np.concatenate(s) for s in slices])) == list(range(36))
+    """Updates of 12 from 40 images: epochs begin in the middle of an update, and three of them take ten."""
+    slices = np.array([[rows_of_update(0, n, 12, 40)[rank::world] for n in range(10)] for rank in range(world)])
+    drawn = slices.transpose(1, 2, 0).reshape(3, 40)  # update, place, rank: the order in which they are drawn
+    for epoch in drawn:
+        assert sorted(epoch) == list(range(40))  # no image twice, on whichever rank
 
 
 def test_balanced_rows_give_every_label_its_turn():
@@ -471,9 +516,20 @@ def test_balanced_rows_give_every_label_its_turn():
     assert (np.bincount(rows)[:5] == 60).all()
     assert np.array_equal(rows[17 * 12 : 18 * 12], balanced_rows_of_update(0, 17, 12, labels))  # of (seed, n) alone
     assert not np.array_equal(rows, np.concatenate([balanced_rows_of_update(1, n, 12, labels) for n in range(100)]))
-    for rank in range(3):  # and every rank has its share of every label
-        mine = np.concatenate([balanced_rows_of_update(0, n, 12, labels)[rank::3] for n in range(100)])
-        assert np.bincount(labels[mine], minlength=8).tolist() == [100, 100, 0, 0, 100, 0, 0, 100]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
+def test_balanced_rows_have_the_expected_shares_on_every_rank(world):
+    """A stride of 2, 4 or 8 over eight labels in turn would show a rank the same four, two or one of them for ever."""
+    labels = np.repeat(np.arange(8), np.array(TABLE_4_1) // 10)
+    updates = np.stack([balanced_rows_of_update(0, n, 48, labels) for n in range(200)])
+    assert (np.apply_along_axis(np.bincount, 1, labels[updates]) == 6).all()  # every batch: six a label
+    for rank in range(world):
+        mine = np.bincount(labels[updates[:, rank::world]].ravel(), minlength=8) / (9600 / world)
+        assert np.abs(mine - 1 / 8).max() < 4 * np.sqrt(7 / 64 / (9600 / world))  # four standard errors
+    for label in range(8):  # and all ranks together see all images of a label before one returns
+        drawn = np.bincount(updates[labels[updates] == label], minlength=len(labels))[labels == label]
+        assert np.ptp(drawn) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------- relabel, pictures
