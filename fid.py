@@ -18,6 +18,7 @@ import pickle
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -155,7 +156,7 @@ class MixedE(nn.Module):
 
 
 class Inception(nn.Module):
-    """The feature network of FID: 2048 numbers an image, the mean of the last layer over its positions.
+    """5.1.1: the feature network of FID, 2048 numbers an image, the mean of the last layer over its positions.
 
     x: (B, 3, H, W) in [0, 1] -> (B, 2048). Sizes other than 299 are interpolated bilinearly, as the published tool does, whose
     names and weights these are. `fc`, the classifier's head, is in the weight file but not in use.
@@ -244,16 +245,26 @@ class Features:
             return self.call(images)
 
 
-def inception_features(network, device="cpu", size=256):
-    """Features of FID, float32 whatever the device would rather do."""
+def in_float32(network, device):
+    """The network as a function of x that computes in float32 on `device`, whatever the device or a training loop prefers."""
     network = network.float().to(device).eval()
 
-    def call(images):
+    def call(x):
         with (
             torch.autocast(torch.device(device).type, enabled=False),
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         ):
-            return network(images.to(device).permute(0, 3, 1, 2).float() / 255)
+            return network(x.to(device))
+
+    return call
+
+
+def inception_features(network, device="cpu", size=256):
+    """5.1.1: the features of FID."""
+    network = in_float32(network, device)
+
+    def call(images):
+        return network(images.permute(0, 3, 1, 2).float() / 255)
 
     text = "Inception pool features (2048), bilinear to 299 as in the published tool, float32"
     return Features("inception", call, size, text, frechet="FID", kernel="KID")
@@ -270,16 +281,17 @@ def letters_classifier():
 
 
 def letters_features(path=ASSETS / "letters_classifier.pt", device="cpu", size=32):
-    """Features for letters that need no download: the last but one layer of a letters classifier."""
-    network = letters_classifier()
+    """6.2: features for letters that need no download, the last but one layer of a letters classifier."""
+    with torch.device("meta"):  # without start weights: a caller's random numbers stay as they are
+        network = letters_classifier()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a letters classifier; python fid.py --train-classifier FILE makes one") from error
-    network = network[:-1].to(device).eval()
+    network = in_float32(network[:-1], device)
 
     def call(images):
-        return network(images.to(device).permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 127.5 - 1)
+        return network(images.permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 127.5 - 1)
 
     return Features("letters", call, size, f"letters classifier, last but one layer (64), {Path(path).name}")
 
@@ -315,7 +327,7 @@ def train_letters_classifier(path, epochs=12, batch=128, seed=0):
 
 
 def paintings_features(size=256):
-    """Features for abstract pictures that need no download and no training: which colours, and how much change at which scale.
+    """6.2: features for abstract pictures, without download or training: which colours, and how much change at which scale.
 
     The square roots of the shares of 4 x 5 x 5 boxes of CIE-LAB, so that distances are Hellinger's; and for L, a, b at 1, 2,
     4, 8 and 16 pixels the logarithm of the mean squared difference of neighbours, across and down. Fixed factors bring both
@@ -338,16 +350,22 @@ def paintings_features(size=256):
     return Features("paintings", call, size, "LAB histogram (100) and gradient energies at five scales (30)")
 
 
+def offline_features(classes, size=256, device="cpu"):
+    """6.2: the features that come along: those for letters where all classes are some of A to Z, else those for paintings."""
+    return letters_features(device=device) if set(classes) <= set(ALPHABET) else paintings_features(size)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 5.1.1  Frechet distance
 # ------------------------------------------------------------------------------------------------------------------
 
 
 class Statistics:
-    """Number, mean and covariance of features that arrive in batches: float64, in memory that does not grow with their number.
+    """5.1.1: number, mean and covariance of features that arrive in batches, in float64 and bounded memory.
 
-    Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. More are folded into
-    `scatter`, the sum of (x - mean)(x - mean)^T, d x d.
+    Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. From then on all are folded
+    into `scatter`, the sum of (x - mean)(x - mean)^T, d x d, and nothing grows any more: at d = 2048 the rows and the matrix
+    take 32 MiB each.
     """
 
     def __init__(self):
@@ -361,10 +379,11 @@ class Statistics:
             self.count += len(x)
             if self.count <= x.shape[1]:
                 return
-            x, self.rows, self.count = torch.cat(self.rows), [], 0
-            self.mean, self.scatter = torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1])
-        mean = x.mean(0)
-        self._combine(len(x), mean, x - mean)
+            self.count, self.mean, self.scatter = 0, torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1])
+            while len(self.rows) > 1:
+                self._fold(self.rows.pop(0))
+            x = self.rows.pop()
+        self._fold(x)
 
     def merge(self, other):
         """Add what another has seen."""
@@ -380,6 +399,10 @@ class Statistics:
             return
         self.scatter += other.scatter
         self._combine(other.count, other.mean)
+
+    def _fold(self, x):
+        mean = x.mean(0)
+        self._combine(len(x), mean, x - mean)
 
     def _combine(self, n, mean, centred=None):
         """Two means become one; the scatter grows by the new rows' own and by the distance of the means."""
@@ -450,7 +473,7 @@ def parts(x):
 
 
 def kernel(x, y):
-    """The kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
+    """6.2: the kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
@@ -461,7 +484,7 @@ def kernel_sums(x):
 
 
 def kernel_distance(x, y, x_sums=None, y_sums=None):
-    """Squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
+    """6.2: squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
 
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
@@ -509,7 +532,7 @@ def squared_radii(x):
 
 
 def precision_recall(real, fake, real_radii=None, fake_radii=None):
-    """Improved precision and recall: is what was generated realistic, and is all that is real generated?
+    """6.2: improved precision and recall: is what was generated realistic, and is all that is real generated?
 
     The support of a set is taken as the union of balls around its features, each reaching to the third nearest other feature.
     precision = share of the fake features inside the support of the real ones, recall = the reverse.
@@ -685,7 +708,9 @@ def open_packed_folder(path):
         labels = np.load(path / "labels.npy")
         if len(memory_map(path / "images.npy")) != len(labels):
             raise ValueError("as many labels as images are needed")
-    except (OSError, ValueError, KeyError) as error:
+        if not all(0 <= label < len(classes) for label in np.unique(labels)):
+            raise ValueError("labels without a name")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"{path}: a packed set that cannot be read ({error}); remove it and pack it again") from error
     return Source(path, path / "images.npy", labels, classes)
 
@@ -704,7 +729,7 @@ def open_npz(path, scratch):
         images = memory_map(folder / "images.npy")
         with np.load(path, allow_pickle=False) as file:
             labels = file["labels"] if "labels" in file.files else np.full(len(images), "all")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not an .npz file that can be read") from error
     fits = images.dtype == np.uint8 and (images.ndim == 3 or images.ndim == 4 and images.shape[-1] in (1, 3)) and len(images)
     if not fits or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
@@ -817,7 +842,7 @@ def load_measured(path):
             vars(group.statistics).update(saved.pop("statistics"))
             vars(group).update(saved)
         return groups, content["about"]
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, pickle.PickleError) as error:
         raise UserError(f"{path}: not a file that --save-real wrote") from error
 
 
@@ -827,7 +852,7 @@ def load_measured(path):
 
 
 def compare(real, fake):
-    """All distances between two Measured, with both counts."""
+    """5.4: all distances between two Measured, with both counts."""
     value, error = kernel_distance(real.kept, fake.kept, real.kernel_sums, fake.kernel_sums)
     precision, recall = precision_recall(real.kept, fake.kept, real.squared_radii, fake.squared_radii)
     return {
@@ -1035,7 +1060,7 @@ def named_sets(items):
     for item in items:
         name, found, path = item.partition("=")
         if not found or Path(item).exists():
-            name, path = Path(item).name, item
+            name, path = Path(os.path.abspath(item)).name, item
         if name in sets or name == "real":
             raise UserError(f"--fake {item}: the name {name!r} is taken; give another with NAME={path}")
         sets[name] = path
