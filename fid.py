@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -36,16 +36,12 @@ from data import (
     ALPHABET,
     ASSETS,
     COLOURS,
-    INK,
-    PALETTE,
     PAPER,
-    RULE,
     UserError,
+    bars,
     crop_and_resize,
-    font,
     is_image,
     label_distances,
-    linear_ticks,
     load_image,
     nearest_colour,
     open_image,
@@ -836,6 +832,8 @@ def load_measured(path):
     """(label -> Measured, about) from a file of `save_measured`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(type(content))
         groups = {}
         for label, saved in content["groups"].items():
             groups[label] = group = Measured()
@@ -923,49 +921,6 @@ def colour_table(rows):
         for row in rows
     ]
     return table(header, cells)
-
-
-def bars(rows, value, title, error=None, size=(900, 330)):
-    """A bar chart: a group of bars a label, a bar a set, as in figures 5.5 to 5.7. rows: dicts with label, set and `value`."""
-    s = 2  # drawn at twice the size and reduced
-    rows = [row for row in rows if math.isfinite(row[value])]
-    labels, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "set"))
-    picture = Image.new("RGB", (size[0] * s, size[1] * s), PAPER)
-    draw = ImageDraw.Draw(picture)
-    left, right, top, bottom = 70 * s, size[0] * s - 20 * s, 52 * s, size[1] * s - 34 * s
-    draw.text((left, 20 * s), title, INK, font(15 * s), anchor="lm")
-    highest = max([row[value] + (row[error] if error else 0) for row in rows] + [1e-9]) * 1.08
-    for tick in linear_ticks(highest, 5):
-        y = bottom - (bottom - top) * tick / highest
-        draw.line((left, y, right, y), RULE, s)
-        draw.text((left - 8 * s, y), f"{tick:g}", INK, font(11 * s), anchor="rm")
-    step = (right - left) / max(1, len(labels))
-    width = min(0.8 * step / max(1, len(sets)), 64 * s)
-    paint = {name: (150, 150, 156) if name == "real" else None for name in sets}
-    paint |= dict(zip((name for name in sets if name != "real"), PALETTE * len(sets)))
-    for row in rows:
-        x = left + step * (labels.index(row["label"]) + 0.5) + width * (sets.index(row["set"]) - len(sets) / 2)
-        y = bottom - (bottom - top) * max(0, row[value]) / highest
-        draw.rectangle((x + s, min(y, bottom - s), x + width - s, bottom), paint[row["set"]])
-        if error:
-            middle, reach = x + width / 2, (bottom - top) * row[error] / highest
-            draw.line((middle, y - reach, middle, min(bottom, y + reach)), INK, s)
-        if width > 24 * s:
-            draw.text((x + width / 2, y - 7 * s - (reach if error else 0)), f"{row[value]:.3g}", INK, font(9 * s), anchor="mm")
-    for i, label in enumerate(labels):
-        x, y, text = left + step * (i + 0.5), bottom + 16 * s, font(12 * s)
-        if label in COLOURS:
-            x += 8 * s
-            edge = x - text.getlength(label) / 2 - 8 * s
-            draw.ellipse((edge - 10 * s, y - 5 * s, edge, y + 5 * s), COLOURS[label], outline=INK)
-        draw.text((x, y), label, INK, text, anchor="mm")
-    legend = right
-    for name in reversed(sets):
-        legend -= font(12 * s).getlength(name) + 34 * s
-        draw.rectangle((legend, 15 * s, legend + 12 * s, 26 * s), paint[name])
-        draw.text((legend + 18 * s, 20 * s), name, INK, font(12 * s), anchor="lm")
-    draw.line((left, bottom, right, bottom), INK, s)
-    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def save_panels(path, panels):
