@@ -1392,33 +1392,48 @@ def chart(lines, title, x_label, y_label, size=(900, 460)):
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def bars(shares, names, title, size=(900, 420)):
-    """Figure 4.3: a bar chart in per cent. shares: name -> (K,) shares that sum to 1; names: the K labels below the bars."""
+def bars(rows, value, title, error=None, size=(900, 330)):
+    """Figures 4.3 and 5.5 to 5.7: a bar chart, a group of bars a label and a bar a set.
+
+    rows: dicts with label, set and numbers under the names `value` and `error`, if there is one.
+    """
     s = 2  # as in `chart`
-    width, height = size[0] * s, size[1] * s
-    left, right, top, bottom = 60 * s, width - 20 * s, 48 * s, height - 40 * s
-    picture = Image.new("RGB", (width, height), PAPER)
+    rows = [row for row in rows if np.isfinite(row[value])]
+    labels, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "set"))
+    picture = Image.new("RGB", (size[0] * s, size[1] * s), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((left, 22 * s), title, INK, font(15 * s), anchor="lm")
-    highest = max(0.01, max(values.max() for values in shares.values()))
-    for tick in linear_ticks(100 * highest):
-        y = bottom - (bottom - top) * tick / 100 / highest
+    left, right, top, bottom = 70 * s, size[0] * s - 20 * s, 52 * s, size[1] * s - 34 * s
+    draw.text((left, 20 * s), title, INK, font(15 * s), anchor="lm")
+    highest = max([row[value] + (row[error] if error else 0) for row in rows] + [1e-9]) * 1.08
+    for tick in linear_ticks(highest, 5):
+        y = bottom - (bottom - top) * tick / highest
         draw.line((left, y, right, y), RULE, s)
-        draw.text((left - 8 * s, y), f"{tick:g} %", INK, font(11 * s), anchor="rm")
-    group = (right - left) / len(names)
-    bar = 0.8 * group / len(shares)
-    for k, (values, colour) in enumerate(zip(shares.values(), PALETTE)):
-        for i, value in enumerate(values):
-            x, y = left + (i + 0.1) * group + k * bar, bottom - (bottom - top) * value / highest
-            draw.rectangle((x, y, x + bar - s, bottom), colour)
-            draw.text((x + bar / 2, y - 8 * s), f"{100 * value:.1f}", INK, font(10 * s), anchor="mm")
-    for i, name in enumerate(names):
-        draw.text((left + (i + 0.5) * group, bottom + 16 * s), name, INK, font(12 * s), anchor="mm")
+        draw.text((left - 8 * s, y), f"{tick:g}", INK, font(11 * s), anchor="rm")
+    step = (right - left) / max(1, len(labels))
+    width = min(0.8 * step / max(1, len(sets)), 64 * s)
+    paint = {name: (150, 150, 156) if name == "real" else None for name in sets}
+    paint |= dict(zip((name for name in sets if name != "real"), PALETTE * len(sets)))
+    for row in rows:
+        x = left + step * (labels.index(row["label"]) + 0.5) + width * (sets.index(row["set"]) - len(sets) / 2)
+        y = bottom - (bottom - top) * max(0, row[value]) / highest
+        draw.rectangle((x + s, min(y, bottom - s), x + width - s, bottom), paint[row["set"]])
+        if error:
+            middle, reach = x + width / 2, (bottom - top) * row[error] / highest
+            draw.line((middle, y - reach, middle, min(bottom, y + reach)), INK, s)
+        if width > 24 * s:
+            draw.text((x + width / 2, y - 7 * s - (reach if error else 0)), f"{row[value]:.3g}", INK, font(9 * s), anchor="mm")
+    for i, label in enumerate(labels):
+        x, y, text = left + step * (i + 0.5), bottom + 16 * s, font(12 * s)
+        if label in COLOURS:
+            x += 8 * s
+            edge = x - text.getlength(label) / 2 - 8 * s
+            draw.ellipse((edge - 10 * s, y - 5 * s, edge, y + 5 * s), COLOURS[label], outline=INK)
+        draw.text((x, y), label, INK, text, anchor="mm")
     legend = right
-    for name, colour in reversed(list(zip(shares, PALETTE))):
-        legend -= font(12 * s).getlength(name) + 30 * s
-        draw.rectangle((legend, 17 * s, legend + 10 * s, 27 * s), colour)
-        draw.text((legend + 16 * s, 22 * s), name, INK, font(12 * s), anchor="lm")
+    for name in reversed(sets):
+        legend -= font(12 * s).getlength(name) + 34 * s
+        draw.rectangle((legend, 15 * s, legend + 12 * s, 26 * s), paint[name])
+        draw.text((legend + 18 * s, 20 * s), name, INK, font(12 * s), anchor="lm")
     draw.line((left, bottom, right, bottom), INK, s)
     return picture.resize(size, Image.Resampling.LANCZOS)
 
@@ -1549,10 +1564,14 @@ def relabel_command(args):
         f"{100 * (paintings.labels == labels).mean():.1f} % by {name}" for name, labels in (("RGB", rgb), ("LAB", lab))
     )
     print(f"\nthe set's own labels are those of {agree}")
-    shares = {name: np.bincount(labels, minlength=len(palette)) / len(labels) for name, labels in (("RGB", rgb), ("LAB", lab))}
+    rows = [
+        {"label": label, "set": name, "share": 100 * (labels == i).mean()}
+        for name, labels in (("RGB", rgb), ("LAB", lab))
+        for i, label in enumerate(paintings.classes)
+    ]
     out = Path(args.out)
     with whole_file(out / "chart.png") as temporary:
-        bars(shares, paintings.classes, f"Labels of {len(rgb):,} images, per cent").save(temporary)
+        bars(rows, "share", f"Labels of {len(rgb):,} images, per cent").save(temporary)
     print(f"{out / 'chart.png'}: both histograms (fig. 4.3)")
     if (rgb != lab).any():
         with whole_file(out / "mismatches.png") as temporary:

@@ -18,6 +18,7 @@ import pickle
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -35,16 +36,12 @@ from data import (
     ALPHABET,
     ASSETS,
     COLOURS,
-    INK,
-    PALETTE,
     PAPER,
-    RULE,
     UserError,
+    bars,
     crop_and_resize,
-    font,
     is_image,
     label_distances,
-    linear_ticks,
     load_image,
     nearest_colour,
     open_image,
@@ -155,7 +152,7 @@ class MixedE(nn.Module):
 
 
 class Inception(nn.Module):
-    """The feature network of FID: 2048 numbers an image, the mean of the last layer over its positions.
+    """5.1.1: the feature network of FID, 2048 numbers an image, the mean of the last layer over its positions.
 
     x: (B, 3, H, W) in [0, 1] -> (B, 2048). Sizes other than 299 are interpolated bilinearly, as the published tool does, whose
     names and weights these are. `fc`, the classifier's head, is in the weight file but not in use.
@@ -244,16 +241,26 @@ class Features:
             return self.call(images)
 
 
-def inception_features(network, device="cpu", size=256):
-    """Features of FID, float32 whatever the device would rather do."""
+def in_float32(network, device):
+    """The network as a function of x that computes in float32 on `device`, whatever the device or a training loop prefers."""
     network = network.float().to(device).eval()
 
-    def call(images):
+    def call(x):
         with (
             torch.autocast(torch.device(device).type, enabled=False),
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         ):
-            return network(images.to(device).permute(0, 3, 1, 2).float() / 255)
+            return network(x.to(device))
+
+    return call
+
+
+def inception_features(network, device="cpu", size=256):
+    """5.1.1: the features of FID."""
+    network = in_float32(network, device)
+
+    def call(images):
+        return network(images.permute(0, 3, 1, 2).float() / 255)
 
     text = "Inception pool features (2048), bilinear to 299 as in the published tool, float32"
     return Features("inception", call, size, text, frechet="FID", kernel="KID")
@@ -270,16 +277,17 @@ def letters_classifier():
 
 
 def letters_features(path=ASSETS / "letters_classifier.pt", device="cpu", size=32):
-    """Features for letters that need no download: the last but one layer of a letters classifier."""
-    network = letters_classifier()
+    """6.2: features for letters that need no download, the last but one layer of a letters classifier."""
+    with torch.device("meta"):  # without start weights: a caller's random numbers stay as they are
+        network = letters_classifier()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
     except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: not a letters classifier; python fid.py --train-classifier FILE makes one") from error
-    network = network[:-1].to(device).eval()
+    network = in_float32(network[:-1], device)
 
     def call(images):
-        return network(images.to(device).permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 127.5 - 1)
+        return network(images.permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 127.5 - 1)
 
     return Features("letters", call, size, f"letters classifier, last but one layer (64), {Path(path).name}")
 
@@ -315,7 +323,7 @@ def train_letters_classifier(path, epochs=12, batch=128, seed=0):
 
 
 def paintings_features(size=256):
-    """Features for abstract pictures that need no download and no training: which colours, and how much change at which scale.
+    """6.2: features for abstract pictures, without download or training: which colours, and how much change at which scale.
 
     The square roots of the shares of 4 x 5 x 5 boxes of CIE-LAB, so that distances are Hellinger's; and for L, a, b at 1, 2,
     4, 8 and 16 pixels the logarithm of the mean squared difference of neighbours, across and down. Fixed factors bring both
@@ -338,16 +346,22 @@ def paintings_features(size=256):
     return Features("paintings", call, size, "LAB histogram (100) and gradient energies at five scales (30)")
 
 
+def offline_features(classes, size=256, device="cpu"):
+    """6.2: the features that come along: those for letters where all classes are some of A to Z, else those for paintings."""
+    return letters_features(device=device) if set(classes) <= set(ALPHABET) else paintings_features(size)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # 5.1.1  Frechet distance
 # ------------------------------------------------------------------------------------------------------------------
 
 
 class Statistics:
-    """Number, mean and covariance of features that arrive in batches: float64, in memory that does not grow with their number.
+    """5.1.1: number, mean and covariance of features that arrive in batches, in float64 and bounded memory.
 
-    Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. More are folded into
-    `scatter`, the sum of (x - mean)(x - mean)^T, d x d.
+    Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. From then on all are folded
+    into `scatter`, the sum of (x - mean)(x - mean)^T, d x d, and nothing grows any more: at d = 2048 the rows and the matrix
+    take 32 MiB each.
     """
 
     def __init__(self):
@@ -361,10 +375,11 @@ class Statistics:
             self.count += len(x)
             if self.count <= x.shape[1]:
                 return
-            x, self.rows, self.count = torch.cat(self.rows), [], 0
-            self.mean, self.scatter = torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1])
-        mean = x.mean(0)
-        self._combine(len(x), mean, x - mean)
+            self.count, self.mean, self.scatter = 0, torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1])
+            while len(self.rows) > 1:
+                self._fold(self.rows.pop(0))
+            x = self.rows.pop()
+        self._fold(x)
 
     def merge(self, other):
         """Add what another has seen."""
@@ -380,6 +395,10 @@ class Statistics:
             return
         self.scatter += other.scatter
         self._combine(other.count, other.mean)
+
+    def _fold(self, x):
+        mean = x.mean(0)
+        self._combine(len(x), mean, x - mean)
 
     def _combine(self, n, mean, centred=None):
         """Two means become one; the scatter grows by the new rows' own and by the distance of the means."""
@@ -450,7 +469,7 @@ def parts(x):
 
 
 def kernel(x, y):
-    """The kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
+    """6.2: the kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
@@ -461,7 +480,7 @@ def kernel_sums(x):
 
 
 def kernel_distance(x, y, x_sums=None, y_sums=None):
-    """Squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
+    """6.2: squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
 
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
@@ -509,7 +528,7 @@ def squared_radii(x):
 
 
 def precision_recall(real, fake, real_radii=None, fake_radii=None):
-    """Improved precision and recall: is what was generated realistic, and is all that is real generated?
+    """6.2: improved precision and recall: is what was generated realistic, and is all that is real generated?
 
     The support of a set is taken as the union of balls around its features, each reaching to the third nearest other feature.
     precision = share of the fake features inside the support of the real ones, recall = the reverse.
@@ -685,7 +704,9 @@ def open_packed_folder(path):
         labels = np.load(path / "labels.npy")
         if len(memory_map(path / "images.npy")) != len(labels):
             raise ValueError("as many labels as images are needed")
-    except (OSError, ValueError, KeyError) as error:
+        if not all(0 <= label < len(classes) for label in np.unique(labels)):
+            raise ValueError("labels without a name")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"{path}: a packed set that cannot be read ({error}); remove it and pack it again") from error
     return Source(path, path / "images.npy", labels, classes)
 
@@ -704,7 +725,7 @@ def open_npz(path, scratch):
         images = memory_map(folder / "images.npy")
         with np.load(path, allow_pickle=False) as file:
             labels = file["labels"] if "labels" in file.files else np.full(len(images), "all")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not an .npz file that can be read") from error
     fits = images.dtype == np.uint8 and (images.ndim == 3 or images.ndim == 4 and images.shape[-1] in (1, 3)) and len(images)
     if not fits or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
@@ -811,13 +832,15 @@ def load_measured(path):
     """(label -> Measured, about) from a file of `save_measured`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(type(content))
         groups = {}
         for label, saved in content["groups"].items():
             groups[label] = group = Measured()
             vars(group.statistics).update(saved.pop("statistics"))
             vars(group).update(saved)
         return groups, content["about"]
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, pickle.PickleError) as error:
         raise UserError(f"{path}: not a file that --save-real wrote") from error
 
 
@@ -827,7 +850,7 @@ def load_measured(path):
 
 
 def compare(real, fake):
-    """All distances between two Measured, with both counts."""
+    """5.4: all distances between two Measured, with both counts."""
     value, error = kernel_distance(real.kept, fake.kept, real.kernel_sums, fake.kernel_sums)
     precision, recall = precision_recall(real.kept, fake.kept, real.squared_radii, fake.squared_radii)
     return {
@@ -898,49 +921,6 @@ def colour_table(rows):
         for row in rows
     ]
     return table(header, cells)
-
-
-def bars(rows, value, title, error=None, size=(900, 330)):
-    """A bar chart: a group of bars a label, a bar a set, as in figures 5.5 to 5.7. rows: dicts with label, set and `value`."""
-    s = 2  # drawn at twice the size and reduced
-    rows = [row for row in rows if math.isfinite(row[value])]
-    labels, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "set"))
-    picture = Image.new("RGB", (size[0] * s, size[1] * s), PAPER)
-    draw = ImageDraw.Draw(picture)
-    left, right, top, bottom = 70 * s, size[0] * s - 20 * s, 52 * s, size[1] * s - 34 * s
-    draw.text((left, 20 * s), title, INK, font(15 * s), anchor="lm")
-    highest = max([row[value] + (row[error] if error else 0) for row in rows] + [1e-9]) * 1.08
-    for tick in linear_ticks(highest, 5):
-        y = bottom - (bottom - top) * tick / highest
-        draw.line((left, y, right, y), RULE, s)
-        draw.text((left - 8 * s, y), f"{tick:g}", INK, font(11 * s), anchor="rm")
-    step = (right - left) / max(1, len(labels))
-    width = min(0.8 * step / max(1, len(sets)), 64 * s)
-    paint = {name: (150, 150, 156) if name == "real" else None for name in sets}
-    paint |= dict(zip((name for name in sets if name != "real"), PALETTE * len(sets)))
-    for row in rows:
-        x = left + step * (labels.index(row["label"]) + 0.5) + width * (sets.index(row["set"]) - len(sets) / 2)
-        y = bottom - (bottom - top) * max(0, row[value]) / highest
-        draw.rectangle((x + s, min(y, bottom - s), x + width - s, bottom), paint[row["set"]])
-        if error:
-            middle, reach = x + width / 2, (bottom - top) * row[error] / highest
-            draw.line((middle, y - reach, middle, min(bottom, y + reach)), INK, s)
-        if width > 24 * s:
-            draw.text((x + width / 2, y - 7 * s - (reach if error else 0)), f"{row[value]:.3g}", INK, font(9 * s), anchor="mm")
-    for i, label in enumerate(labels):
-        x, y, text = left + step * (i + 0.5), bottom + 16 * s, font(12 * s)
-        if label in COLOURS:
-            x += 8 * s
-            edge = x - text.getlength(label) / 2 - 8 * s
-            draw.ellipse((edge - 10 * s, y - 5 * s, edge, y + 5 * s), COLOURS[label], outline=INK)
-        draw.text((x, y), label, INK, text, anchor="mm")
-    legend = right
-    for name in reversed(sets):
-        legend -= font(12 * s).getlength(name) + 34 * s
-        draw.rectangle((legend, 15 * s, legend + 12 * s, 26 * s), paint[name])
-        draw.text((legend + 18 * s, 20 * s), name, INK, font(12 * s), anchor="lm")
-    draw.line((left, bottom, right, bottom), INK, s)
-    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def save_panels(path, panels):
@@ -1035,7 +1015,7 @@ def named_sets(items):
     for item in items:
         name, found, path = item.partition("=")
         if not found or Path(item).exists():
-            name, path = Path(item).name, item
+            name, path = Path(os.path.abspath(item)).name, item
         if name in sets or name == "real":
             raise UserError(f"--fake {item}: the name {name!r} is taken; give another with NAME={path}")
         sets[name] = path

@@ -37,6 +37,7 @@ from data import (
     whole_file,
 )
 from ddpm import SCHEDULES, drop_labels
+from fid import kernel_distance_of_images, offline_features
 from ldm import (
     build_first_stage,
     build_letters,
@@ -48,7 +49,7 @@ from ldm import (
     save_model,
     write_checkpoint,
 )
-from sample import best_device, check_device, gradient_energy, label_grid, psnr
+from sample import best_device, check_device, generate, gradient_energy, label_grid, psnr
 from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -128,10 +129,14 @@ class Letters(Settings):
     T: int = flag(1000, "diffusion steps")
     p_uncond: float = flag(0.2, "share of labels replaced by the zero-label (4.4.3); 0 = no classifier-free training")
 
+    kernel_distance: int = flag(0, "images generated at every preview to follow the kernel distance (5.4.1); 0 = none")
+
     POSITIVE = (*Settings.POSITIVE, "blocks", "T")
 
     def check(self):
         super().check()
+        if self.kernel_distance < 3 and self.kernel_distance:
+            raise UserError(f"--kernel-distance {self.kernel_distance}: must be 0 (none) or at least 3")
         if not 0 <= self.p_uncond <= 1:
             raise UserError(f"--p-uncond {self.p_uncond}: must be between 0 and 1")
         if self.channels % 16:
@@ -367,6 +372,7 @@ def mixed_precision(settings):
 #   figures           further numbers of the last update for the log, by column
 #   validate()        numbers for the log, "validation_loss" among them
 #   preview(path, final)   draws what the model can do, more of it at the end
+#   compare()         numbers about generated images for the log, at every preview and at the end; only where `compares`
 #   state_dict()      what else a resumed run needs, load_state_dict() takes it back
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -376,6 +382,7 @@ class Stage:
 
     loss_name = "mean squared error of the prediction"  # of the validation loss, for the chart
     columns = ()  # what `figures` and `validate` add to the log
+    compares = False  # whether `compare` has numbers for the log
     best_from = None  # the update from which the best validation loss keeps best.pt; None = never
 
     def __init__(self, settings, data):
@@ -402,7 +409,44 @@ class Stage:
         pass
 
 
-class LettersStage(Stage):
+class DiffusionStage(Stage):
+    """What the stages share whose model generates images for labels."""
+
+    def __init__(self, settings, data, most=10_000):
+        super().__init__(settings, data)
+        if settings.kernel_distance:
+            if len(self.validation_rows) < 3:
+                raise UserError("--kernel-distance: needs at least 3 validation images")
+            self.compares, self.columns = True, (*self.columns, "kernel_distance", "kernel_distance_error")
+            by_label = self.validation_rows[np.argsort(data.labels[self.validation_rows], kind="stable")]
+            rows = spread(by_label, min(most, len(by_label)))
+            self.compared_labels = data.labels[spread(rows, settings.kernel_distance)]
+            self.features = offline_features(data.classes, device=settings.device)
+            parts = (to_uint8(data.batch(rows[i : i + 64])[0]) for i in range(0, len(rows), 64))
+            self.real_features = torch.cat([self.features(torch.from_numpy(part)).cpu() for part in parts])
+
+    @property
+    def scale(self):
+        """The guidance scale of previews: the one that the thesis chose."""
+        return 2.0 if self.settings.p_uncond else 1.0
+
+    def compare(self, steps=20):
+        """5.4.1: the kernel distance of generated images from the validation images, over the features that need no download.
+
+        Seeds are 0, 1, 2, ...; labels have the shares that the validation images have, for the letters equal ones.
+        """
+        y, steps = self.compared_labels, min(steps, self.settings.T)
+        images = generate(self.model, y, np.arange(len(y)), steps=steps, scale=self.scale, progress=False)
+        distance, error = kernel_distance_of_images(images, self.real_features, self.features)
+        return {"kernel_distance": distance, "kernel_distance_error": error}
+
+
+def spread(rows, n):
+    """n of the rows at equal distances."""
+    return rows[((np.arange(n) + 0.5) * len(rows) / n).astype(int)]
+
+
+class LettersStage(DiffusionStage):
     """The conditional DDPM on letters (4.4.5)."""
 
     Settings = Letters
@@ -448,8 +492,7 @@ class LettersStage(Stage):
     def preview(self, path, final=False):
         """One row a label, the zero-label last, at the scale the thesis chose."""
         columns, steps = (6, 50) if final else (4, 20)
-        scale = 2.0 if self.settings.p_uncond else 1.0
-        picture = label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=scale, progress=False)
+        picture = label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=self.scale, progress=False)
         with whole_file(path) as temporary:
             picture.save(temporary)
 
@@ -794,7 +837,8 @@ def train(stage_name, typed, resume):
         last = done == settings.updates or stopping
         save = last or done % settings.save_every == 0
         validate = not stopping and (last or done % settings.validate_every == 0)
-        if not (save or validate or done % 10 == 0):
+        compare = stage.compares and not stopping and (last or done % settings.preview_every == 0)
+        if not (save or validate or compare or done % 10 == 0):
             continue
         row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n), **means.take()}
         if not all(map(math.isfinite, row.values())):
@@ -814,6 +858,9 @@ def train(stage_name, typed, resume):
                 stage.preview(out / f"preview_{done:06d}_raw.png")
                 with ema.averaged():
                     stage.preview(out / f"preview_{done:06d}.png")
+            if compare:
+                with ema.averaged():
+                    row |= stage.compare()
         seconds = time.perf_counter() - clock
         log.write({"run": run, "seconds": seconds, **row})
         weights = {"raw": model.state_dict(), "ema": model.state_dict() | ema.state_dict()}

@@ -570,8 +570,25 @@ def bad(tmp_path):
     np.savez(tmp_path / "keys.npz", pictures=np.zeros(3))
     np.savez(tmp_path / "float.npz", images=np.zeros((3, 8, 8)))
     (tmp_path / "wrong.pth").write_text("not the weights")
+    np.savez_compressed(tmp_path / "torn.npz", images=np.random.default_rng(0).integers(0, 9, (30, 8, 8), np.uint8))
+    torn = bytearray((tmp_path / "torn.npz").read_bytes())
+    torn[100:400] = bytes(300)
+    (tmp_path / "torn.npz").write_bytes(torn)
+    np.savez(tmp_path / "number.npz", images=np.uint8(3))
+    for name, labels in (("void", None), ("beyond", [0, 1, 7])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "set.json").write_text('{"classes": ["red", "blue"]}')
+        np.save(tmp_path / name / "images.npy", np.zeros((3, 32, 32, 3), np.uint8))
+        np.save(tmp_path / name / "labels.npy", labels or [0, 1, 1])
+    (tmp_path / "void" / "labels.npy").write_bytes(b"")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     per_label = ("--per-label",)
     return {
+        "damaged archive": ((good, tmp_path / "torn.npz"), "not an .npz file"),
+        "npz of one number": ((good, tmp_path / "number.npz"), "not an .npz file"),
+        "empty file in a packed set": ((good, tmp_path / "void"), "a packed set that cannot be read"),
+        "labels without a name": ((good, tmp_path / "beyond"), "labels without a name"),
+        "a tensor as measured images": ((tmp_path / "tensor.pt", good), "not a file that --save-real wrote"),
         "empty folder": ((good, tmp_path / "empty"), "no images in it"),
         "no folder": ((tmp_path / "nothing", good), "no such file or folder"),
         "one image": ((good, tmp_path / "one"), "only 1 image"),

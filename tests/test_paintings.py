@@ -555,9 +555,10 @@ def test_relabel_counts_against_a_plain_loop(tmp_path, run):
 
 
 def test_bars_are_as_high_as_their_shares():
-    picture = np.asarray(data.bars({"all": np.array([0.5, 0.25, 0.25])}, ["a", "b", "c"], "")).astype(int)
+    rows = [{"label": label, "set": "all", "share": share} for label, share in (("a", 50), ("b", 25), ("c", 25))]
+    picture = np.asarray(data.bars(rows, "share", "")).astype(int)
     ink = (np.abs(picture - data.PALETTE[0]).max(-1) < 12)[40:].sum(0)  # of the bars' colour in every column
-    heights = [np.median(part[part > 20]) for part in np.array_split(ink[60:880], 3)]
+    heights = [np.median(part[part > 20]) for part in np.array_split(ink[70:880], 3)]
     assert heights[0] / heights[1] == pytest.approx(2, rel=0.02) and heights[1] == heights[2]
 
 

@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 
 import train
-from data import rows_of_update
+from data import open_letters, rows_of_update
+from fid import kernel_distance, letters_features
+from ldm import load_model
+from sample import generate
 from train import EMA, Letters, LettersStage, Log, Means, complete, draw_losses, learning_rate
 
 TINY = ("--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", 16, "--channels", 16)
@@ -230,6 +233,35 @@ def test_a_run_is_not_overwritten_and_settings_do_not_drift(refused, undisturbed
     assert (undisturbed / "checkpoint.pt").read_bytes() == before
 
 
+def test_5_4_1_kernel_distance_during_training(run, tmp_path):
+    """It is the distance of two generated images a letter from the validation fonts, and following it changes no weight."""
+    whole = [*SMALL[: SMALL.index("--overfit")], "--updates", 4, "--preview-every", 3, "--validate-every", 4]
+    rows = {}
+    for n in (0, 52):
+        code, _, err = run("train", *whole, "--kernel-distance", n, "--out", tmp_path / str(n))
+        assert code == 0, err
+        rows[n] = list(train.csv.DictReader((tmp_path / str(n) / "log.csv").open()))
+    assert equal(saved(tmp_path / "0")["players"], saved(tmp_path / "52")["players"])
+    assert not any("kernel" in name for name in rows[0][0]) and len(rows[0]) == 1
+    assert [row["update"] for row in rows[52] if row["kernel_distance"]] == ["3", "4"]
+
+    letters, features = open_letters(), letters_features()
+    model = load_model(tmp_path / "52")
+    real = torch.from_numpy(letters.images[letters.split()[1]])
+    fake = torch.from_numpy(generate(model, np.arange(26).repeat(2), np.arange(52), steps=20, progress=False))
+    expected = kernel_distance(features(fake), features(real))
+    found = [float(rows[52][-1][name]) for name in ("kernel_distance", "kernel_distance_error")]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_features_stay_in_float32_in_the_loop():
+    images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    features = letters_features()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = features(images)
+    assert inside.dtype == torch.float32 and torch.equal(inside, features(images))
+
+
 def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
     out = tmp_path / "run"
     error = refused("train", *SHORT, "--lr", 1e30, "--warmup", 0, "--clip", 1e30, "--out", out)
@@ -258,6 +290,7 @@ def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
         (("--batch", 0), "--batch 0: must be more than 0"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be between 0 and 1"),
         (("--channels", 20), "multiple of 16"),
+        (("--kernel-distance", 2), "--kernel-distance 2: must be 0 (none) or at least 3"),
         (("--device", "cuda:99"), "not there on this machine"),
     ],
 )
