@@ -258,26 +258,30 @@ class Block(nn.Sequential):
         return x
 
 
-class UNet(nn.Module):
-    """eps_theta(x_t, t, y or context).
+def level_block(level, c_in, c_out, *more, emb_channels, attention, attention_levels, dropout, groups):
+    """A residual block, attention on the levels that have it, and whatever comes `more`."""
+    layers = [ResBlock(c_in, c_out, emb_channels, dropout, groups)]
+    if level in attention_levels:
+        layers.append(attention(c_out))
+    return Block(*layers, *more)
 
-    in_channels, out_channels: of the image or latent
+
+class Encoder(nn.Module):
+    """The half of a U-Net that goes down, its middle included. `UNet` goes up again, `NoisyClassifier` names what it sees.
+
+    in_channels   of the image or latent
     channels      width of the first level
     multipliers   width of every level as a multiple of `channels`; the resolution halves between levels
-    blocks        residual blocks a level on the way down (one more on the way up)
+    blocks        residual blocks a level
     attention     builds an attention layer from a channel count, or None for a network without any
     attention_levels  the levels that get it; None = all
-    num_labels    rows of the label table, the zero-label included (section 4.4.3), or None if the label comes as context
+    num_labels    rows of the label table, the zero-label included (section 4.4.3), or None if no label enters this way
     groups        of every GroupNorm in a residual block
-
-    `forward(x, t, y=None, context=None)`: x (B, C, H, W) with H and W divisible by 2^(levels - 1); t (B,) integers, counted
-    from 0 as in the published checkpoints; y (B,) labels; context (B, n, d) tokens. Returns (B, out_channels, H, W).
     """
 
     def __init__(
         self,
         in_channels,
-        out_channels,
         channels,
         multipliers,
         blocks,
@@ -292,51 +296,90 @@ class UNet(nn.Module):
         emb_channels = 4 * channels
         levels = range(len(multipliers))
         attends = set(levels if attention_levels is None else attention_levels) if attention else set()
-
-        def block(level, c_in, c_out, *more):
-            layers = [ResBlock(c_in, c_out, emb_channels, dropout, groups)]
-            if level in attends:
-                layers.append(attention(c_out))
-            return Block(*layers, *more)
+        self.block = partial(
+            level_block,
+            emb_channels=emb_channels,
+            attention=attention,
+            attention_levels=attends,
+            dropout=dropout,
+            groups=groups,
+        )
 
         self.time_embed = nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
         if num_labels is not None:
             self.label_emb = nn.Embedding(num_labels, emb_channels)
 
         self.input_blocks = nn.ModuleList([Block(Conv(in_channels, channels, 3, padding=1))])
-        c, skips = channels, [channels]
+        c, self.skip_channels = channels, [channels]
         for level in levels:
             for _ in range(blocks):
-                self.input_blocks.append(block(level, c, channels * multipliers[level]))
+                self.input_blocks.append(self.block(level, c, channels * multipliers[level]))
                 c = channels * multipliers[level]
-                skips.append(c)
+                self.skip_channels.append(c)
             if level != levels[-1]:
                 self.input_blocks.append(Block(Downsample(c)))
-                skips.append(c)
+                self.skip_channels.append(c)
 
-        self.middle_block = Block(*block(levels[-1], c, c), ResBlock(c, c, emb_channels, dropout, groups))
+        self.middle_block = self.block(levels[-1], c, c, ResBlock(c, c, emb_channels, dropout, groups))
 
+    def embed(self, x, t, y=None):
+        """The embedding of time and label that every residual block gets, (B, 4 channels)."""
+        emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))
+        return emb if y is None else emb + self.label_emb(y)  # the sum of fig. 4.6; 4.3.1 says "concatenating" (E42)
+
+    def down(self, x, emb, context=None):
+        """The features in the middle and, for the way up, those of every block before it."""
+        h, skips = x, []
+        for module in self.input_blocks:
+            h = module(h, emb, context)
+            skips.append(h)
+        return self.middle_block(h, emb, context), skips
+
+
+class UNet(Encoder):
+    """eps_theta(x_t, t, y or context).
+
+    out_channels: of the prediction; one residual block a level more on the way up; the other settings are `Encoder`'s.
+
+    `forward(x, t, y=None, context=None)`: x (B, C, H, W) with H and W divisible by 2^(levels - 1); t (B,) integers, counted
+    from 0 as in the published checkpoints; y (B,) labels; context (B, n, d) tokens. Returns (B, out_channels, H, W).
+    """
+
+    def __init__(self, in_channels, out_channels, channels, multipliers, blocks, *more, groups=32, **settings):
+        super().__init__(in_channels, channels, multipliers, blocks, *more, groups=groups, **settings)
+        c, skips = channels * multipliers[-1], list(self.skip_channels)
         self.output_blocks = nn.ModuleList()
-        for level in reversed(levels):
+        for level in reversed(range(len(multipliers))):
             for i in range(blocks + 1):
                 c_out = channels * multipliers[level]
                 up = [Upsample(c_out)] if level and i == blocks else []
-                self.output_blocks.append(block(level, c + skips.pop(), c_out, *up))
+                self.output_blocks.append(self.block(level, c + skips.pop(), c_out, *up))
                 c = c_out
 
         self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), zero_init(nn.Conv2d(c, out_channels, 3, padding=1)))
 
     def forward(self, x, t, y=None, context=None):
-        emb = self.time_embed(timestep_embedding(t, self.channels).to(x.dtype))  # (B, 4 channels)
-        if y is not None:
-            emb = emb + self.label_emb(y)  # the sum of fig. 4.6; 4.3.1 says "concatenating" (E42)
-        h, skips = x, []
-        for module in self.input_blocks:
-            h = module(h, emb, context)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
+        emb = self.embed(x, t, y)
+        h, skips = self.down(x, emb, context)
         for module in self.output_blocks:
             h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.out(h)
+
+
+class NoisyClassifier(Encoder):
+    """4.4.2: f(y | x_t, t), the way down of the U-Net and a linear layer on the mean over all positions.
+
+    num_classes: of the answer, without a zero-label; the other settings are `Encoder`'s. No label enters.
+    `forward(x, t)`: as the U-Net's. Returns logits (B, num_classes).
+    """
+
+    def __init__(self, in_channels, num_classes, channels, multipliers, blocks, attention, groups=32):
+        super().__init__(in_channels, channels, multipliers, blocks, attention, groups=groups)
+        c = channels * multipliers[-1]
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, num_classes))
+
+    def forward(self, x, t):
+        h, _ = self.down(x, self.embed(x, t))
         return self.out(h)
 
 
@@ -354,6 +397,13 @@ def letters_unet(channels, multipliers, blocks, num_labels):
     groups = max(1, channels // 16)
     attention = partial(LinearAttention, groups=groups)
     return UNet(3, 3, channels, multipliers, blocks, attention, num_labels=num_labels, groups=groups)
+
+
+def noisy_classifier(in_channels, num_classes, channels, multipliers, blocks):
+    """4.4.2: the classifier beside `letters_unet`, or beside a latent model, with linear attention on every level."""
+    groups = max(1, channels // 16)
+    attention = partial(LinearAttention, groups=groups)
+    return NoisyClassifier(in_channels, num_classes, channels, multipliers, blocks, attention, groups)
 
 
 def latent_unet(channels, multipliers, blocks, z_channels, context_channels, attention_levels=None, groups=32):
