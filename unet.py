@@ -320,7 +320,7 @@ class Encoder(nn.Module):
                 self.input_blocks.append(Block(Downsample(c)))
                 self.skip_channels.append(c)
 
-        self.middle_block = self.block(levels[-1], c, c, ResBlock(c, c, emb_channels, dropout, groups))
+        self.middle_block = Block(*self.block(levels[-1], c, c), ResBlock(c, c, emb_channels, dropout, groups))
 
     def embed(self, x, t, y=None):
         """The embedding of time and label that every residual block gets, (B, 4 channels)."""
