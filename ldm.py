@@ -16,8 +16,13 @@ from torch import nn
 
 from data import UserError, whole_file
 from ddpm import SCHEDULES, Diffusion
-from unet import letters_unet
+from unet import letters_unet, noisy_classifier
 from vqgan import VQGAN, Codebook, GaussianBottleneck, NoBottleneck, PerceptualLoss
+
+
+def network_time(t, x):
+    """Time as networks count it, from 0, for every row of x, (B,). t: 1..T, an int or (B,)."""
+    return torch.full((len(x),), t - 1, device=x.device) if isinstance(t, int) else t - 1
 
 
 class PixelDiffusion(nn.Module):
@@ -34,11 +39,9 @@ class PixelDiffusion(nn.Module):
         self.zero_label = len(classes)
 
     def eps(self, x, t, y):
-        """eps_theta(x_t, t, y). t: 1..T, an int or (B,); networks count from 0, here is where the two meet."""
-        if isinstance(t, int):
-            t = torch.full((len(x),), t, device=x.device)
+        """eps_theta(x_t, t, y). t: 1..T, an int or (B,)."""
         x = x.contiguous(memory_format=torch.channels_last)
-        out = self.unet(x, t - 1, y=y).to(x.dtype)  # samplers extrapolate: bf16 would be amplified there
+        out = self.unet(x, network_time(t, x), y=y).to(x.dtype)  # samplers extrapolate: bf16 would be amplified there
         return out if self.predict == "eps" else self.diffusion.eps_from_v(x, t, out)
 
     def loss(self, x_0, y, t, noise):
@@ -51,11 +54,42 @@ class PixelDiffusion(nn.Module):
         return x.clamp(-1, 1)
 
 
+class GuidingClassifier(nn.Module):
+    """4.4.2: f(y | x_t, t) for images noised by the schedule of the diffusion that it is to guide (E47).
+
+    network: `unet.NoisyClassifier`; beta: the schedule, (T,); classes: the label names in order; shape: (C, H, W) of x.
+    """
+
+    def __init__(self, network, beta, classes, shape):
+        super().__init__()
+        self.network, self.classes, self.shape = network, list(classes), tuple(shape)
+        self.diffusion = Diffusion(beta)
+        self.zero_label = len(classes)
+
+    def log_f(self, x, t):
+        """log f(y | x_t, t) for every label, (B, K), float32. t: 1..T, an int or (B,)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        return self.network(x, network_time(t, x)).float().log_softmax(1)
+
+    def loss(self, x_0, y, t, noise):
+        """The cross-entropy -log f(y | x_t, t) at a noised x_0, one value an image."""
+        return -self.log_f(self.diffusion.q_sample(x_0, t, noise), t).gather(1, y[:, None])[:, 0]
+
+
 def build_letters(settings, classes):
     """The letters model for the settings of a run, a dict as `train.py` saves it."""
     unet = letters_unet(settings["channels"], tuple(settings["multipliers"]), settings["blocks"], len(classes) + 1)
     beta = SCHEDULES[settings["schedule"]](settings["T"])
     return PixelDiffusion(unet, beta, classes, (3, 32, 32), settings["predict"]).to(memory_format=torch.channels_last)
+
+
+def build_classifier(settings, classes):
+    """The classifier of 4.4.2 for the settings of a run, a dict as `train.py` saves it."""
+    network = noisy_classifier(
+        settings["shape"][0], len(classes), settings["channels"], tuple(settings["multipliers"]), settings["blocks"]
+    )
+    beta = SCHEDULES[settings["schedule"]](settings["T"])
+    return GuidingClassifier(network, beta, classes, settings["shape"]).to(memory_format=torch.channels_last)
 
 
 def build_first_stage(settings):
@@ -98,7 +132,11 @@ def load_model(path, weights="ema", device="cpu"):
     if weights not in content["weights"]:
         raise UserError(f"{path} has no {weights!r} weights, only: {', '.join(content['weights'])}")
     settings, classes = content["settings"], content["classes"]
-    model = build_letters(settings, classes) if content["stage"] == "letters" else build_first_stage(settings)
+    model = {
+        "letters": lambda: build_letters(settings, classes),
+        "classifier": lambda: build_classifier(settings, classes),
+        "vqgan": lambda: build_first_stage(settings),
+    }[content["stage"]]()
     load_weights(model, content["weights"][weights], path)
     model.stage, model.settings, model.update = content["stage"], settings, content["update"]
     if settings.get("bottleneck") == "vq":

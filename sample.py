@@ -3,26 +3,33 @@
     python sample.py --text HELLO                                      a word, with the model that comes with the project
     python sample.py --run runs/letters --label A --n 16 --out a.png   sixteen times the letter A
     python sample.py --run runs/letters --grid                         one row a label, the zero-label last
-    python sample.py --run runs/letters --label R --strip              the denoising path
-    python sample.py --run runs/letters --per-label 64 --out samples   one folder a label
+    python sample.py --run runs/letters --label R --strip              the denoising path; --gif shows it moving
+    python sample.py --run runs/letters --per-label 64 --out samples   one folder a label; stops, and goes on where it was
 
 To a sampler a model is a function `eps(x, t)`. Guidance and clipping wrap that function; a sampler knows neither network
 nor label. Samplers are generators: after every step they yield (t, x_t, predicted x_0), and the last x is the sample.
+
+To other programs this file is two functions:  generate(load("runs/letters"), ["A", "B"])  returns uint8 images.
 """
 
 import argparse
+import hashlib
+import json
 import math
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import ASSETS, UserError, grid, load_image, run_program, to_tensor, to_uint8, whole_file
-from ddpm import Diffusion, classifier_free_guidance
+from data import ASSETS, UserError, grid, load_image, npy_header, run_program, to_tensor, to_uint8, whole_file
+from ddpm import Diffusion, classifier_free_guidance, classifier_guided_eps, classifier_guided_mean
 from ldm import load_model
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -54,18 +61,21 @@ def published_timesteps(T, S):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde"):
+def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde", gradient=None, scale=1.0):
     """3.5.3, ancestral sampling:  x_{t-1} = mu_theta(x_t, t) + sigma_t xi  (E29).
 
     On a subset of the time steps it is ancestral sampling of the shorter chain, whose beta are 1 - alpha_bar_t/alpha_bar_t'.
-    times must end at 0. noise: function () -> standard normal like x; variance: see `Diffusion.p_sample`.
+    times must end at 0. noise: function () -> standard normal like x; variance: see `Diffusion.p_sample`; gradient: function
+    (x, t) -> grad log f(y | x_t, t), which shifts the mean as in eq. 4.1 (corrected, E48), `scale` times.
     """
     kept = alpha_bar[times[::-1]]
     chain = Diffusion(1 - kept[1:] / kept[:-1])
     for i, (t, t_next) in zip(range(chain.T, 0, -1), zip(times, times[1:])):
         e = eps(x, t)
         x_0 = chain.predict_x0(x, i, e)
-        x = chain.p_sample(x, i, e, noise(), variance)
+        x_t, x = x, chain.p_sample(x, i, e, noise(), variance)
+        if gradient:  # to the mean or to the sum of mean and noise, it is the same
+            x = classifier_guided_mean(x, chain.at(chain.sigma2(variance), i, x), gradient(x_t, t), scale)
         yield t_next, x, x_0
 
 
@@ -120,8 +130,28 @@ def plms(eps, x, times, alpha_bar):
         yield t_next, x, x_0
 
 
+def dpm(eps, x, times, alpha_bar):
+    """DPM-Solver++ 2M (not in the thesis): the DDIM transfer with x_0' extrapolated from the last two predictions of x_0.
+
+        x_0' = x_0 + (x_0 - x_0_before) h / (2 h_before),     h = lambda_t' - lambda_t,  lambda = 1/2 log(a / (1 - a))
+
+    Where PLMS extrapolates eps over the index of the step, this extrapolates x_0 over lambda, half the logarithm of the
+    signal-to-noise ratio. One evaluation a step. lambda is infinite at t = 0: a step to there is plain DDIM.
+    """
+    lam = (alpha_bar / (1 - alpha_bar)).log() / 2
+    before = h_before = None
+    for t, t_next in zip(times, times[1:]):
+        a, a_next, h = alpha_bar[t].item(), alpha_bar[t_next].item(), (lam[t_next] - lam[t]).item()
+        x_0 = (x - (1 - a) ** 0.5 * eps(x, t)) / a**0.5
+        first_order = before is None or t_next == 0
+        x_0_prime = x_0 if first_order else x_0 + (x_0 - before) * (h / (2 * h_before))
+        before, h_before = x_0, h
+        x, _ = ddim_step(x, (x - a**0.5 * x_0_prime) / (1 - a) ** 0.5, a, a_next)
+        yield t_next, x, x_0
+
+
 # ------------------------------------------------------------------------------------------------------------------
-# 4.4.3  What wraps eps(x, t)
+# 4.4.2, 4.4.3  What wraps eps(x, t)
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -136,11 +166,44 @@ def with_cfg(model, y, scale):
     if scale in (0, 1):
         return with_labels(model, y if scale else zero)
 
+    labels = torch.cat([zero, y])
+
     def eps(x, t):
-        eps_zero, eps_y = model.eps(torch.cat([x, x]), t, torch.cat([zero, y])).chunk(2)
+        eps_zero, eps_y = model.eps(torch.cat([x, x]), t, labels).chunk(2)
         return classifier_free_guidance(eps_zero, eps_y, scale)
 
     return eps
+
+
+def classifier_gradient(classifier, y):
+    """4.4.2:  grad_{x_t} log f(y | x_t, t)  as a function of (x, t), for the labels y, (B,).
+
+    The gradient of the sum over the batch: no image is in another's log f. The zero-label, which no classifier
+    knows, has the log f of certainty, 0, and so no gradient.
+    """
+
+    def gradient(x, t):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            log_f = F.pad(classifier.log_f(x, t), (0, 1)).gather(1, y[:, None])  # (B, 1)
+            return torch.autograd.grad(log_f.sum(), x)[0]
+
+    return gradient
+
+
+def with_classifier(eps, gradient, scale, alpha_bar):
+    """Classifier guidance of a sampler that only knows eps (E48); eps is that of the zero-label, so scale 1 is Bayes' rule."""
+    return lambda x, t: classifier_guided_eps(eps(x, t), alpha_bar[t].item(), gradient(x, t), scale)
+
+
+def in_bf16(function, device):
+    """function(x, t) under bf16 autocast; the sampler around it stays in float32."""
+
+    def call(x, t):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            return function(x, t)
+
+    return call
 
 
 def with_clipping(eps, diffusion):
@@ -170,33 +233,87 @@ class ImageNoise:
         return noise.to(self.device, non_blocking=True)
 
 
+SAMPLERS = ("plms", "ddim", "ddpm", "dpm")
+
+
 @torch.no_grad()
-def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=False):
+def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=False, classifier=None, bf16=False):
     """A sampler at work, (t, x, x_0) after every step, for labels y (B,) and one seed an image.
 
-    steps: how many, spread evenly, or the list of time steps itself.
+    steps: how many, spread evenly, or the list of time steps itself; classifier: guides instead of the model's own labels.
     """
     alpha_bar = model.diffusion.alpha_bar
     times = steps if isinstance(steps, list) else timesteps(model.diffusion.T, steps)
     device = next(model.parameters()).device
     noise = ImageNoise(seeds, model.shape, device)
-    eps = with_cfg(model, torch.as_tensor(y, device=device), scale)
+    y, gradient = torch.as_tensor(y, device=device), None
+    eps = with_cfg(model, y, 0 if classifier else scale)
+    if classifier and scale:
+        gradient = classifier_gradient(classifier, y)
+    if bf16:
+        eps, gradient = in_bf16(eps, device), gradient and in_bf16(gradient, device)
+    if gradient and sampler != "ddpm":
+        eps = with_classifier(eps, gradient, scale, alpha_bar)
     if clip:
         eps = with_clipping(eps, model.diffusion)
     x_T = noise()
     if sampler == "ddpm":
-        yield from ddpm(eps, x_T, times, alpha_bar, noise)
+        yield from ddpm(eps, x_T, times, alpha_bar, noise, gradient=gradient, scale=scale)
     elif sampler == "ddim":
         yield from ddim(eps, x_T, times, alpha_bar, eta, noise)
     else:
-        yield from plms(eps, x_T, times, alpha_bar)
+        yield from {"plms": plms, "dpm": dpm}[sampler](eps, x_T, times, alpha_bar)
+
+
+def step_count(steps):
+    return len(steps) - 1 if isinstance(steps, list) else steps
+
+
+def default_run():
+    run = next((p for p in ("runs/letters/model.pt", ASSETS / "letters.pt") if Path(p).exists()), None)
+    if run is None:
+        raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
+    return run
+
+
+def load(run=None, weights="ema", device="cpu", compile=False):
+    """A model that draws: that of a run folder or model file, by default the newest letters model there is."""
+    run = run or default_run()
+    model = load_model(run, weights, device)
+    if model.stage == "classifier":
+        raise UserError(f"{run} is a classifier, it guides another model: --guidance classifier --classifier {run}")
+    if model.stage == "vqgan":
+        raise UserError(f"{run} is a first stage, it draws nothing by itself; --reconstruct IMAGES shows what it keeps of them")
+    if compile:
+        model.unet.compile()
+    return model
+
+
+def load_classifier(run, model, weights="ema", compile=False):
+    """The classifier of `run` to guide `model` with."""
+    device = next(model.parameters()).device
+    classifier = load_model(run, weights, device)
+    if classifier.stage != "classifier":
+        raise UserError(f"{run} is no classifier; python train.py --stage classifier makes one in runs/classifier")
+    same_schedule = torch.equal(classifier.diffusion.beta, model.diffusion.beta)
+    if not same_schedule or (classifier.classes, classifier.shape) != (model.classes, model.shape):
+        raise UserError(f"{run}: its labels, images or noise schedule are not those of the model that it is to guide (E47)")
+    if compile:
+        classifier.network.compile()
+    return classifier
 
 
 @torch.no_grad()
-def generate(model, y, seeds, steps=50, batch=64, progress=True, **how):
-    """Images for labels y and seeds, (N,) each, as (N, H, W, 3) uint8. `how`: further arguments of `denoise`."""
+def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, progress=True, **how):
+    """`count` images of every label as (N, H, W, 3) uint8, in that order. `how`: further arguments of `denoise`.
+
+    labels: a name or number, or a list of them; "none" is the zero-label. seeds: one an image, by default seed, seed + 1, ...
+    """
+    labels = [labels] if isinstance(labels, str) or np.ndim(labels) == 0 else labels
+    y = np.repeat([label_number(model, label) for label in labels], count)
+    seeds = seed + np.arange(len(y)) if seeds is None else seeds
     chunks = [slice(i, i + batch) for i in range(0, len(y), batch)]
-    total = len(chunks) * (len(steps) - 1 if isinstance(steps, list) else steps)
+    total = len(chunks) * step_count(steps)
     images = []
     with tqdm(total=total, unit="step", desc="denoising", disable=None if progress else True) as bar:
         for chunk in chunks:
@@ -213,14 +330,181 @@ def label_grid(model, columns, seed=0, **how):
     return grid(generate(model, labels, seeds, **how), columns, [*model.classes, "none"])
 
 
+def along_the_path(model, y, seeds, frames, steps=50, **how):
+    """Of the states (t, x, x_0) of a sampler at work `frames` at equal distances, the last one among them."""
+    chosen = np.linspace(0, step_count(steps) - 1, min(frames, step_count(steps))).round()
+    return (state for i, state in enumerate(denoise(model, y, seeds, steps=steps, **how)) if i in chosen)
+
+
+def animation(model, y, seeds, columns, frames=48, **how):
+    """5.3.1 in motion: a grid of images being denoised, x_t after every step or so, as a list of pictures."""
+    states = along_the_path(model, y, seeds, frames, **how)
+    return [grid(to_uint8(model.decode(x)), columns, scale=max(1, 64 // model.shape[1])) for _, x, _ in states]
+
+
 def denoising_strip(model, y, seeds, frames=12, **how):
     """5.3.1: for every image two rows along the path, x_t above and the predicted x_0 below. Returns the picture."""
-    path = list(denoise(model, y, seeds, **how))
-    chosen = [path[i] for i in np.linspace(0, len(path) - 1, min(frames, len(path))).round().astype(int)]
+    chosen = list(along_the_path(model, y, seeds, frames, **how))
     x_t = np.stack([to_uint8(model.decode(x)) for _, x, _ in chosen], axis=1)  # (B, frames, H, W, 3)
     x_0 = np.stack([to_uint8(model.decode(x)) for _, _, x in chosen], axis=1)
     rows = np.stack([x_t, x_0], axis=1)  # (B, 2, frames, H, W, 3)
     return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=2)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5.1.1  Ten thousand images a label
+#
+# Row k L + i of a set is image k, the one with seed `seed` + k, of its i-th of L labels. Rows are computed in chunks of B:
+# chunk c is always the rows c B to c B + B - 1, also where fewer are kept. What a chunk looks like is then a function of c
+# alone, whoever computes it and when: process r of R takes the chunks r, r + R, ... that are not there yet, and need not
+# talk to the others.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class PngFolders:
+    """A set as out/<label>/<seed>.png."""
+
+    def __init__(self, out, names, seed, rows, shape):
+        self.out, self.names, self.seed = out, names, seed
+
+    def path(self, row):
+        k, i = divmod(row, len(self.names))
+        return self.out / self.names[i] / f"{self.seed + k:06d}.png"
+
+    def has(self, rows):
+        return all(self.path(row).exists() for row in rows)
+
+    def write(self, rows, images):
+        for row, image in zip(rows, images):
+            with whole_file(self.path(row)) as temporary:
+                Image.fromarray(image).save(temporary)
+
+    def finish(self):
+        pass
+
+
+class PackedSet:
+    """A set as one memory map in out/images.npy. Complete, it is a packed set, as `data.py` makes them; fid.py opens it.
+
+    out/done has a byte for every row, 1 where it is written. Processes write to different places and cut nothing off.
+    """
+
+    def __init__(self, out, names, seed, rows, shape):
+        self.out, self.names, self.seed, self.rows = out, names, seed, rows
+        (out / "done").touch()
+        if (out / "done").stat().st_size > rows:
+            raise UserError(f"{out} already holds more than {rows:,} images; name another folder with --out")
+        if (out / "done").stat().st_size < rows:
+            (out / "set.json").unlink(missing_ok=True)
+        (out / "images.npy").touch()
+        with (out / "images.npy").open("r+b") as images, (out / "done").open("r+b") as done:
+            npy_header(images, rows, shape)
+            self.start, self.size = images.tell(), math.prod(shape)
+            images.truncate(self.start + rows * self.size)
+            done.truncate(rows)
+
+    def has(self, rows):
+        return all((self.out / "done").read_bytes()[rows.start : rows.stop])
+
+    def write(self, rows, images):
+        for name, place, content in (
+            ("images.npy", self.start + rows.start * self.size, images.tobytes()),
+            ("done", rows.start, b"\1" * len(rows)),
+        ):
+            with (self.out / name).open("r+b") as file:
+                file.seek(place)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # in this order: what is marked as done is on the disk
+
+    def finish(self):
+        if not self.has(range(self.rows)):
+            return
+        k, label = np.divmod(np.arange(self.rows), len(self.names))
+        for name, values in (("labels", label), ("sources", self.seed + k)):
+            with whole_file(self.out / f"{name}.npy") as temporary:
+                np.save(temporary, values)
+        with whole_file(self.out / "set.json") as temporary:
+            settings = json.loads((self.out / "settings.json").read_text())
+            temporary.write_text(json.dumps({"classes": self.names, "note": "generated", "state": settings}))
+
+
+STORES = {"png": PngFolders, "npy": PackedSet}
+
+
+def fingerprint(model):
+    """What tells two models apart: a digest of the settings and all weights."""
+    digest = hashlib.sha256(repr(sorted(model.settings.items())).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def claim(out, settings, rows):
+    """Begin the set in `out`, or go on with it if it was begun with the same settings. Returns B, how many rows a chunk has.
+
+    settings: everything that decides about a pixel. Its "batch" may be None: then B is what the set was begun with, or 64.
+    """
+    names = os.listdir(out) if out.is_dir() else []
+    if out.exists() and not out.is_dir() or "settings.json" not in names and any(name[0] != "." for name in names):
+        raise UserError(f"{out} is neither an empty folder nor a set to go on with; name another with --out")
+    if not names:
+        with whole_file(out / "settings.json") as temporary:
+            temporary.write_text(json.dumps(settings | {"batch": settings["batch"] or min(64, rows)}, indent=1))
+    try:
+        begun = json.loads((out / "settings.json").read_text())
+        settings = settings | {"batch": settings["batch"] or begun["batch"]}
+        different = [name for name, value in settings.items() if begun[name] != value]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out / 'settings.json'} is damaged; name another folder with --out") from error
+    for name in different:
+        raise UserError(f"{out} was begun with {name} {begun[name]}, not {settings[name]}; name another folder with --out")
+    return begun["batch"]
+
+
+def write_many(model, out, form, per_label, labels, seed, settings, how):
+    """--per-label: what is missing of the set in `out`. Decoding and writing a chunk overlap with denoising the next.
+
+    settings: what else than `how`, the labels, the seed and the model decides about a pixel. Returns how many images were made.
+    """
+    device, names = next(model.parameters()).device, [[*model.classes, "none"][i] for i in labels]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rows = per_label * len(labels)
+    settings = settings | how | {"format": form, "labels": names, "seed": seed, "model": fingerprint(model)}
+    settings["classifier"] = how["classifier"] and fingerprint(how["classifier"])
+    batch = claim(out, settings, rows)
+
+    @torch.no_grad()  # says nothing to other threads than the one that calls it
+    def images(x):
+        return to_uint8(model.decode(x))
+
+    def write(chunk, x):
+        store.write(chunk, images(x)[: len(chunk)])
+
+    store = STORES[form](out, names, seed, rows, images(torch.zeros(1, *model.shape, device=device)).shape[1:])
+    chunks = [range(i, min(rows, i + batch)) for i in range(rank * batch, rows, world * batch)]
+    missing = [chunk for chunk in chunks if not store.has(chunk)]
+    todo, there = (sum(map(len, these)) for these in (missing, chunks))
+    name = f"process {rank} of {world}" if world > 1 else out.name
+    try:
+        with (
+            ThreadPoolExecutor(1) as thread,
+            tqdm(total=there, initial=there - todo, desc=name, unit="image", smoothing=0, disable=None) as bar,
+        ):
+            written = thread.submit(len, ())
+            for chunk in missing:
+                k, i = np.divmod(np.arange(chunk.start, chunk.start + batch), len(labels))
+                for _, x, _ in denoise(model, np.array(labels)[i], seed + k, **how):  # noqa: B007  the last x is wanted
+                    pass
+                written.result()  # one chunk at most waits for the disk; a full one is said here
+                written = thread.submit(write, chunk, x)
+                bar.update(len(chunk))
+            written.result()
+    except KeyboardInterrupt:
+        print(f"{out}: stopped; the same command goes on", file=sys.stderr)
+        raise
+    store.finish()
+    return todo
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -276,6 +560,10 @@ def prior_rows(model, size, columns, seed=0):
 
 def label_number(model, label):
     """A label by name or number; "none" is the zero-label, unconditional generation."""
+    if not isinstance(label, str):
+        if not 0 <= label <= model.zero_label:
+            raise UserError(f"label {label}: expected 0 to {model.zero_label}")
+        return int(label)
     names = [*(name.lower() for name in model.classes), "none"]
     if label.lower() in names:
         return names.index(label.lower())
@@ -297,23 +585,31 @@ def parse():
     p = argparse.ArgumentParser(description="Pictures from a trained model.")
     p.add_argument("--run", help="run folder or model file (default: runs/letters, else the model in assets)")
     p.add_argument("--label", help="label by name or number; none = unconditional (the default)")
-    p.add_argument("--n", type=int, help="how many images, or columns of a grid (default 16, grid 8, strip 2)")
+    p.add_argument("--n", type=int, help="how many images, or columns of a grid (default 16, film 32, grid 8, strip 2)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
     what.add_argument("--text", help="draw a word, one image a letter")
     what.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
+    what.add_argument("--gif", action="store_true", help="a film of a grid being denoised, of --label or of all labels in turn")
     what.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="encode and decode images with a first stage")
     what.add_argument("--prior", nargs="+", metavar="RUN", help="decode z ~ N(0, I) with these first stages, two rows each")
-    what.add_argument("--per-label", type=int, metavar="N", help="N images of every label (or of --label), one folder a label")
-    p.add_argument("--sampler", choices=("plms", "ddim", "ddpm"), default="plms", help="default plms")
+    what.add_argument(
+        "--per-label", type=int, metavar="N", help="N images of every label (or of --label); goes on where it was"
+    )
+    p.add_argument("--format", choices=STORES, default="png", help="of --per-label: a folder a label, or one packed memory map")
+    p.add_argument("--sampler", choices=SAMPLERS, default="plms", help="default plms; dpm = DPM-Solver++ 2M")
     p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
     p.add_argument("--times", choices=("even", "published"), default="even", help="published = the published sampler's table")
     p.add_argument("--scale", type=float, default=2.0, help="guidance scale, 1 = none (default 2, as the thesis chose)")
+    p.add_argument("--guidance", choices=("classifier-free", "classifier"), default="classifier-free", help="4.4.3 or 4.4.2")
+    p.add_argument("--classifier", help="run folder or file of the classifier for it (default runs/classifier)")
     p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1 (default 0)")
     p.add_argument("--clip", action="store_true", help="clamp the predicted clean image to [-1, 1] at every step")
     p.add_argument("--seed", type=int, default=0, help="seed of the first image; image k has seed + k (default 0)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default ema")
-    p.add_argument("--batch", type=int, default=64, help="images at a time (default 64)")
+    p.add_argument("--batch", type=int, help="images at a time (default 64)")
+    p.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the networks (default float32)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the networks")
     p.add_argument("--size", type=int, help="pixels that images are cropped and resized to (default: as in training)")
     p.add_argument("--out", help="picture, or folder with --per-label and --reconstruct (default: named after what it shows)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
@@ -323,7 +619,8 @@ def parse():
 def main():
     args = parse()
     check(args)
-    device = check_device(args.device or best_device())
+    device = args.device or best_device()
+    device = check_device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
     if args.reconstruct:
         write_reconstructions(args, device)
     elif args.prior:
@@ -339,9 +636,15 @@ def check(args):
     folder = args.per_label or args.reconstruct and not Path(args.out or ".").suffix
     if args.out and not folder and Path(args.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {args.out}: not the name of a picture; end it with .png")
+    if args.out and args.gif and Path(args.out).suffix.lower() != ".gif":
+        raise UserError(f"--out {args.out}: a film; end it with .gif")
+    if args.classifier and args.guidance != "classifier":
+        raise UserError("--classifier: only with --guidance classifier")
+    if args.format != "png" and not args.per_label:
+        raise UserError(f"--format {args.format}: only with --per-label")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
-    if min(value for value in (args.n, args.per_label, args.size, args.batch) if value is not None) < 1:
+    if any(value is not None and value < 1 for value in (args.n, args.per_label, args.size, args.batch)):
         raise UserError("--n, --per-label, --size and --batch must be 1 or more")
     if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
         raise UserError(f"--eta {args.eta:g}: expected 0 to 1, and only with --sampler ddim")
@@ -350,12 +653,7 @@ def check(args):
 
 
 def write_samples(args, device):
-    run = args.run or next((p for p in ("runs/letters/model.pt", ASSETS / "letters.pt") if Path(p).exists()), None)
-    if run is None:
-        raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
-    model = load_model(run, args.weights, device)
-    if model.stage == "vqgan":
-        raise UserError(f"{run} is a first stage, it draws nothing by itself; --reconstruct IMAGES shows what it keeps of them")
+    model = load(args.run, args.weights, device, args.compile)
     T = model.diffusion.T
     if not 1 <= args.steps <= T:
         raise UserError(f"--steps {args.steps}: expected 1 to {T}, the steps the model was trained with")
@@ -365,9 +663,14 @@ def write_samples(args, device):
             steps = published_timesteps(T, args.steps)
         except ValueError as error:
             raise UserError(f"--times published: {error}") from None
+    guided = args.guidance == "classifier"
     how = {"sampler": args.sampler, "steps": steps, "scale": args.scale, "eta": args.eta, "clip": args.clip}
+    how["classifier"] = (
+        load_classifier(args.classifier or "runs/classifier", model, args.weights, args.compile) if guided else None
+    )
+    how["bf16"] = args.precision == "bf16"
     label = label_number(model, args.label) if args.label else None
-    if model.settings["p_uncond"] == 0 and (args.scale != 1 or label == model.zero_label or args.grid):
+    if model.settings["p_uncond"] == 0 and (args.scale != 1 or guided or label == model.zero_label or args.grid):
         print(
             "note: trained with p_uncond 0, this model never saw the zero-label; guidance and 'none' mean nothing",
             file=sys.stderr,
@@ -376,7 +679,10 @@ def write_samples(args, device):
     start = time.perf_counter()
     if args.per_label:
         out = Path(args.out or "samples")
-        count = write_folders(model, out, args, label, how)
+        labels = range(len(model.classes)) if label is None else [label]
+        chip = torch.cuda.get_device_name(device) if "cuda" in device else f"{device}, {torch.get_num_threads()} threads"
+        settings = {"batch": args.batch, "compile": args.compile, "computed by": f"torch {torch.__version__}, {chip}"}
+        count = write_many(model, out, args.format, args.per_label, labels, args.seed, settings, how)
     else:
         picture, count, out = draw(model, args, label, how)
         out = Path(args.out or out)
@@ -402,7 +708,7 @@ def write_reconstructions(args, device):
     out = Path(args.out or "reconstructions.png")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not an empty folder; name another with --out")
-    originals, rebuilt, decibel, l1 = reconstruct(model, args.reconstruct, size, min(args.batch, 8))
+    originals, rebuilt, decibel, l1 = reconstruct(model, args.reconstruct, size, min(args.batch or 8, 8))
     width = max(len(Path(file).name) for file in args.reconstruct)
     for file, p, e in zip(args.reconstruct, decibel, l1):
         print(f"{Path(file).name:{width}}  PSNR {p:5.2f} dB  L1 {e:.4f}")
@@ -448,45 +754,42 @@ def draw_prior(args, device):
 
 
 def save(picture, path):
+    """A picture, or the pictures of a film, which holds the last one and begins again."""
     with whole_file(path) as temporary:
-        picture.save(temporary)
+        if isinstance(picture, list):
+            duration = [70] * (len(picture) - 1) + [2500]  # ms
+            picture[0].save(temporary, save_all=True, append_images=picture[1:], duration=duration, loop=0)
+        else:
+            picture.save(temporary)
 
 
 def draw(model, args, label, how):
     """The picture that the arguments ask for, how many images it took, and its default file name."""
+    batch = args.batch or 64
     if args.text is not None:
         labels = word_labels(model, args.text)
         y = np.array([i for i in labels if i is not None])
-        images = generate(model, y, args.seed + np.arange(len(y)), batch=args.batch, **how)
+        images = generate(model, y, args.seed + np.arange(len(y)), batch=batch, **how)
         blank, drawn = np.zeros_like(images[:1]), iter(images)
         row = np.stack([blank[0] if i is None else next(drawn) for i in labels])
         return grid(row, len(row), scale=3, gap=0), len(y), f"{args.text.replace(' ', '_')}.png"
     if args.grid:
         columns = args.n or 8
-        picture = label_grid(model, columns, args.seed, batch=args.batch, **how)
+        picture = label_grid(model, columns, args.seed, batch=batch, **how)
         return picture, columns * (len(model.classes) + 1), "grid.png"
+    if args.gif:
+        n = args.n or 32
+        y = np.arange(n) % len(model.classes) if label is None else np.full(n, label)
+        name = "all" if label is None else [*model.classes, "none"][label]
+        return animation(model, y, args.seed + np.arange(n), min(n, 8), **how), n, f"{name}.gif"
     label = model.zero_label if label is None else label
     name = [*model.classes, "none"][label]
     n = args.n or (2 if args.strip else 16)
     y, seeds = np.full(n, label), args.seed + np.arange(n)
     if args.strip:
         return denoising_strip(model, y, seeds, **how), n, f"{name}_strip.png"
-    images = generate(model, y, seeds, batch=args.batch, **how)
+    images = generate(model, y, seeds, batch=batch, **how)
     return grid(images, min(n, 8), scale=2), n, f"{name}.png"
-
-
-def write_folders(model, out, args, label, how):
-    """--per-label: out/<label>/<seed>.png. Returns how many were written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder; name another with --out")
-    labels = range(len(model.classes)) if label is None else [label]
-    seeds = args.seed + np.arange(args.per_label)
-    for i in tqdm(labels, desc="labels", disable=None):
-        images = generate(model, np.full(len(seeds), i), seeds, batch=args.batch, progress=False, **how)
-        for seed, image in zip(seeds, images):
-            with whole_file(out / [*model.classes, "none"][i] / f"{seed:06d}.png") as temporary:
-                Image.fromarray(image).save(temporary)
-    return len(labels) * len(seeds)
 
 
 def best_device():

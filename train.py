@@ -2,6 +2,7 @@
 
     python train.py --stage letters                 the conditional pixel DDPM on 32 x 32 letters
     python train.py --stage vqgan                   the first stage: AE, VAE, VQ-VAE or VQ-GAN
+    python train.py --stage classifier              a classifier of noised images, to guide the diffusion with
     python train.py --stage letters --resume        go on after an interruption, exactly where it stopped
 
 Everything goes to runs/<stage>: model.pt (what sample.py opens), checkpoint.pt (what --resume opens), log.csv, loss.png,
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from data import (
     UserError,
+    bars,
     chart,
     embedded_letters,
     grid,
@@ -39,6 +41,7 @@ from data import (
 from ddpm import SCHEDULES, drop_labels
 from fid import kernel_distance_of_images, offline_features
 from ldm import (
+    build_classifier,
     build_first_stage,
     build_letters,
     load_model,
@@ -49,7 +52,7 @@ from ldm import (
     save_model,
     write_checkpoint,
 )
-from sample import best_device, check_device, generate, gradient_energy, label_grid, psnr
+from sample import best_device, check_device, generate, gradient_energy, label_grid, load, psnr
 from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -141,6 +144,38 @@ class Letters(Settings):
             raise UserError(f"--p-uncond {self.p_uncond}: must be between 0 and 1")
         if self.channels % 16:
             raise UserError(f"--channels {self.channels}: must be a multiple of 16")
+
+
+@dataclass
+class Classifier(Settings):
+    """`--stage classifier`: f(y | x_t, t) for classifier guidance (4.4.2)."""
+
+    run: str | None = flag(None, "the diffusion to guide (default: runs/letters, else the model in assets)", kind=str)
+    data: str | None = flag(None, "the training images (default: those of --run)", kind=str)
+    out: str = flag("runs/classifier", "run folder", resume=True)
+    blocks: int = flag(1, "residual blocks a level")
+    weight_decay: float = flag(0.05, "of AdamW")
+
+    shape: tuple | None = None  # these three are those of --run
+    schedule: str | None = None
+    T: int | None = None
+
+    POSITIVE = (*Settings.POSITIVE, "blocks")
+
+    def preset(self):
+        if self.shape:
+            return {}
+        guided = load(self.run)
+        settings = guided.settings
+        return {"shape": guided.shape, "schedule": settings["schedule"], "T": settings["T"], "data": settings["data"]}
+
+    def check(self):
+        super().check()
+        factor = 2 ** (len(self.multipliers) - 1)
+        if self.channels % 16:
+            raise UserError(f"--channels {self.channels}: must be a multiple of 16")
+        if any(side % factor for side in self.shape[1:]):
+            raise UserError(f"--multipliers: {len(self.multipliers)} levels are too many for {self.shape[1:]} positions")
 
 
 @dataclass
@@ -256,6 +291,10 @@ SIZES = {
             "predict": "eps",
         },
     },
+    Classifier: {
+        "small": {"updates": 1800, "batch": 64, "lr": 1e-3, "channels": 32, "multipliers": (1, 2, 3, 4), "ema": 0.998},
+        "thesis": {"updates": 10_000, "batch": 512, "lr": 3e-4, "channels": 64, "multipliers": (1, 2, 4, 8), "ema": 0.9995},
+    },
     FirstStage: {
         "small": {
             "updates": 7000,
@@ -308,6 +347,8 @@ def parse(arguments=None):
     parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     for f in fields(STAGES[stage].Settings):
+        if not f.metadata:
+            continue  # no flag: taken from another run
         default = "" if f.default is None or f.type is bool else f" (default {f.default})"
         how = {"dest": f.name, "default": argparse.SUPPRESS, "help": f.metadata["help"] + default}
         if f.type in (bool, bool | None):
@@ -383,6 +424,7 @@ class Stage:
     loss_name = "mean squared error of the prediction"  # of the validation loss, for the chart
     columns = ()  # what `figures` and `validate` add to the log
     compares = False  # whether `compare` has numbers for the log
+    picture = "grid.png"  # what the last preview is called
     best_from = None  # the update from which the best validation loss keeps best.pt; None = never
 
     def __init__(self, settings, data):
@@ -495,6 +537,70 @@ class LettersStage(DiffusionStage):
         picture = label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=self.scale, progress=False)
         with whole_file(path) as temporary:
             picture.save(temporary)
+
+
+class ClassifierStage(Stage):
+    """The classifier of noised images (4.4.2)."""
+
+    Settings = Classifier
+    next = "python sample.py --guidance classifier --classifier {out} --scale 2 --grid"
+    loss_name = "cross-entropy over all noise levels"
+    columns = ("validation_accuracy", "validation_accuracy_ema")
+    picture = "accuracy.png"
+
+    def __init__(self, settings):
+        super().__init__(settings, open_letters(settings.data))
+        self.model = build_classifier(asdict(settings), self.classes).to(settings.device)
+        if settings.compile:
+            self.model.network.compile()
+
+    def batch(self, rows):
+        """Images in the space of the diffusion and their labels."""
+        return self.data.batch(rows, self.settings.device)
+
+    def players(self):
+        return [("train", self.model, self.loss, (0.9, 0.99))]
+
+    def loss(self, n):
+        """The loss of update n, at t uniform on {1..T}: a function of (seed, n) and the weights alone."""
+        s = self.settings
+        draw = rng(s.seed, n, 2)
+        t = torch.randint(1, s.T + 1, (s.batch,), generator=draw).to(s.device, non_blocking=True)
+        noise = torch.randn((s.batch, *s.shape), generator=draw).to(s.device, non_blocking=True)
+        return self.model.loss(*self.batch(self.rows(n)), t, noise).mean()
+
+    @torch.no_grad()
+    def by_noise_level(self, rows, most=260, batch=260):
+        """[(t, cross-entropy, accuracy)] at eleven noise levels from t = 1 to T, with fixed noise."""
+        s, table = self.settings, []
+        rows = spread(rows, min(most, len(rows)))
+        noise = torch.randn((len(rows), *s.shape), generator=rng(0, 0, 3))
+        for t in dict.fromkeys(max(1, s.T * i // 10) for i in range(11)):
+            loss, correct = 0.0, 0
+            for i in range(0, len(rows), batch):
+                x, y = self.batch(rows[i : i + batch])
+                log_f = self.model.log_f(self.model.diffusion.q_sample(x, t, noise[i : i + batch].to(x.device)), t)
+                loss -= log_f.gather(1, y[:, None]).sum().item()
+                correct += (log_f.argmax(1) == y).sum().item()
+            table.append((t, loss / len(rows), correct / len(rows)))
+        return table
+
+    def validate(self):
+        _, losses, accuracies = zip(*self.by_noise_level(self.validation_rows))
+        return {"validation_loss": np.mean(losses).item(), "validation_accuracy": np.mean(accuracies).item()}
+
+    def preview(self, path, final=False):
+        """Accuracy by noise level as a chart; at the end as a table, too."""
+        sets = {"training images": self.train_rows, "validation images": self.validation_rows}
+        tables = {name: self.by_noise_level(rows) for name, rows in sets.items()}
+        title = f"Accuracy by noise level t, {len(self.classes)} labels"
+        rows = [{"label": f"{t}", "set": name, "accuracy": a} for name, table in tables.items() for t, _, a in table]
+        with whole_file(path) as temporary:
+            bars(rows, "accuracy", title).save(temporary)
+        if final:
+            lines = [f"{'t':>5}" + "".join(f"{name:>20}" for name in tables)]
+            lines += [f"{of_t[0][0]:5}" + "".join(f"{100 * a:18.1f} %" for _, _, a in of_t) for of_t in zip(*tables.values())]
+            print("\n".join(lines))
 
 
 class AutoencoderStage(Stage):
@@ -653,7 +759,7 @@ def frozen(network):
         network.requires_grad_(True)
 
 
-STAGES = {"letters": LettersStage, "vqgan": AutoencoderStage}
+STAGES = {"letters": LettersStage, "classifier": ClassifierStage, "vqgan": AutoencoderStage}
 
 # ------------------------------------------------------------------------------------------------------------------
 # Averaged weights, learning rate, log
@@ -881,8 +987,8 @@ def train(stage_name, typed, resume):
 
     bar.close()
     with autocast, ema.averaged():
-        stage.preview(out / "grid.png", final=True)
-    print(f"{out / 'grid.png'} shows what the model can do; next: {stage.next.format(out=out)}")
+        stage.preview(out / stage.picture, final=True)
+    print(f"{out / stage.picture} shows what the model can do; next: {stage.next.format(out=out)}")
 
 
 def restore(Settings, saved, typed):

@@ -376,7 +376,9 @@ class NoisyClassifier(Encoder):
     def __init__(self, in_channels, num_classes, channels, multipliers, blocks, attention, groups=32):
         super().__init__(in_channels, channels, multipliers, blocks, attention, groups=groups)
         c = channels * multipliers[-1]
-        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, num_classes))
+        self.out = nn.Sequential(
+            nn.GroupNorm(groups, c), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, num_classes)
+        )
 
     def forward(self, x, t):
         h, _ = self.down(x, self.embed(x, t))

@@ -318,13 +318,15 @@ def test_command_line_folders(run, refused, tiny_model, tmp_path):
     out = tmp_path / "many"
     code, *_ = run("sample", "--run", tiny_model, *FAST, "--per-label", 2, "--seed", 5, "--out", out)
     assert code == 0
-    assert sorted(p.name for p in out.iterdir()) == ALPHABET
+    assert sorted(p.name for p in out.iterdir()) == [*ALPHABET, "settings.json"]
     assert sorted(p.name for p in (out / "Q").iterdir()) == ["000005.png", "000006.png"]
     single = tmp_path / "one.png"
     run("sample", "--run", tiny_model, *FAST, "--label", "Q", "--n", 1, "--seed", 6, "--out", single)
     picture = np.asarray(Image.open(single).crop((2, 2, 66, 66)).resize((32, 32), Image.Resampling.NEAREST))
     assert np.abs(picture.astype(int) - np.asarray(Image.open(out / "Q" / "000006.png"))).max() <= 1  # named after its seed
-    assert "not an empty folder" in refused("sample", "--run", tiny_model, *FAST, "--per-label", 1, "--out", out)
+    again = refused("sample", "--run", tiny_model, *FAST, "--per-label", 2, "--out", out)
+    assert "was begun with seed 5, not 0" in again
+    assert "neither an empty folder" in refused("sample", "--run", tiny_model, *FAST, "--per-label", 2, "--out", tmp_path)
 
 
 def test_command_line_says_when_guidance_means_nothing(run, tmp_path):
