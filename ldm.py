@@ -85,9 +85,8 @@ def build_letters(settings, classes):
 
 def build_classifier(settings, classes):
     """The classifier of 4.4.2 for the settings of a run, a dict as `train.py` saves it."""
-    network = noisy_classifier(
-        settings["shape"][0], len(classes), settings["channels"], tuple(settings["multipliers"]), settings["blocks"]
-    )
+    sizes = (settings["channels"], tuple(settings["multipliers"]), settings["blocks"])
+    network = noisy_classifier(settings["shape"], len(classes), *sizes)
     beta = SCHEDULES[settings["schedule"]](settings["T"])
     return GuidingClassifier(network, beta, classes, settings["shape"]).to(memory_format=torch.channels_last)
 

@@ -437,7 +437,7 @@ def fingerprint(model):
     digest = hashlib.sha256(repr(sorted(model.settings.items())).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest()[:16]
 
 
 def claim(out, settings, rows):
@@ -448,7 +448,7 @@ def claim(out, settings, rows):
     names = os.listdir(out) if out.is_dir() else []
     if out.exists() and not out.is_dir() or "settings.json" not in names and any(name[0] != "." for name in names):
         raise UserError(f"{out} is neither an empty folder nor a set to go on with; name another with --out")
-    if not names:
+    if "settings.json" not in names:
         with whole_file(out / "settings.json") as temporary:
             temporary.write_text(json.dumps(settings | {"batch": settings["batch"] or min(64, rows)}, indent=1))
     try:
@@ -649,7 +649,7 @@ def check(args):
     if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
         raise UserError(f"--eta {args.eta:g}: expected 0 to 1, and only with --sampler ddim")
     if args.sampler == "ddpm" and args.times == "published":
-        raise UserError("--times published: a table for ddim and plms; ancestral sampling must end at the clean image")
+        raise UserError("--times published: not for ddpm; ancestral sampling must end at the clean image")
 
 
 def write_samples(args, device):

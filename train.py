@@ -292,7 +292,7 @@ SIZES = {
         },
     },
     Classifier: {
-        "small": {"updates": 1800, "batch": 64, "lr": 1e-3, "channels": 32, "multipliers": (1, 2, 3, 4), "ema": 0.998},
+        "small": {"updates": 1000, "batch": 64, "lr": 1e-3, "channels": 32, "multipliers": (1, 2, 3, 4), "ema": 0.998},
         "thesis": {"updates": 10_000, "batch": 512, "lr": 3e-4, "channels": 64, "multipliers": (1, 2, 4, 8), "ema": 0.9995},
     },
     FirstStage: {

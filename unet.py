@@ -367,22 +367,20 @@ class UNet(Encoder):
 
 
 class NoisyClassifier(Encoder):
-    """4.4.2: f(y | x_t, t), the way down of the U-Net and a linear layer on the mean over all positions.
+    """4.4.2: f(y | x_t, t), the way down of the U-Net and a linear layer on all that is left, so that places count.
 
-    num_classes: of the answer, without a zero-label; the other settings are `Encoder`'s. No label enters.
-    `forward(x, t)`: as the U-Net's. Returns logits (B, num_classes).
+    num_classes: of the answer, without a zero-label; positions: H W in the middle; the other settings are `Encoder`'s.
+    `forward(x, t)`: as the U-Net's, no label enters. Returns logits (B, num_classes).
     """
 
-    def __init__(self, in_channels, num_classes, channels, multipliers, blocks, attention, groups=32):
+    def __init__(self, in_channels, num_classes, channels, multipliers, blocks, attention, positions, groups=32):
         super().__init__(in_channels, channels, multipliers, blocks, attention, groups=groups)
         c = channels * multipliers[-1]
-        self.out = nn.Sequential(
-            nn.GroupNorm(groups, c), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, num_classes)
-        )
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.Flatten(), nn.Linear(c * positions, num_classes))
 
     def forward(self, x, t):
         h, _ = self.down(x, self.embed(x, t))
-        return self.out(h)
+        return self.out(h)  # the linear layer takes (B, C H W)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -401,11 +399,12 @@ def letters_unet(channels, multipliers, blocks, num_labels):
     return UNet(3, 3, channels, multipliers, blocks, attention, num_labels=num_labels, groups=groups)
 
 
-def noisy_classifier(in_channels, num_classes, channels, multipliers, blocks):
-    """4.4.2: the classifier beside `letters_unet`, or beside a latent model, with linear attention on every level."""
+def noisy_classifier(shape, num_classes, channels, multipliers, blocks):
+    """4.4.2: the classifier of (C, H, W) letters or latents, with linear attention on every level."""
     groups = max(1, channels // 16)
     attention = partial(LinearAttention, groups=groups)
-    return NoisyClassifier(in_channels, num_classes, channels, multipliers, blocks, attention, groups)
+    positions = shape[1] * shape[2] // 4 ** (len(multipliers) - 1)
+    return NoisyClassifier(shape[0], num_classes, channels, multipliers, blocks, attention, positions, groups)
 
 
 def latent_unet(channels, multipliers, blocks, z_channels, context_channels, attention_levels=None, groups=32):

@@ -262,6 +262,31 @@ def test_features_stay_in_float32_in_the_loop():
     assert inside.dtype == torch.float32 and torch.equal(inside, features(images))
 
 
+def test_4_4_2_classifier_learns_its_images_and_resumes_bit_for_bit(run, refused, tiny_model, tmp_path, monkeypatch):
+    """Sixteen letters are named surely where there is little noise; the table and the chart say how surely at every level."""
+    how = ("--stage", "classifier", "--run", tiny_model, *TINY[2:], "--multipliers", 1, 2, "--overfit", 16, "--lr", 3e-3)
+    how = (*how, "--warmup", 5, "--validate-every", 20, "--updates", 60)
+    code, text, err = run("train", *how, "--out", tmp_path / "whole")
+    assert code == 0, err
+    accuracies = [float(line.split()[1]) for line in text.splitlines() if line.endswith(" %")]
+    assert len(accuracies) == 11 and accuracies[0] > 90 > accuracies[-1]
+    final = list(train.csv.DictReader((tmp_path / "whole" / "log.csv").open()))[-1]
+    assert float(final["validation_loss"]) < 3 and float(final["validation_accuracy_ema"]) > 0.3
+    assert np.asarray(Image.open(tmp_path / "whole" / "accuracy.png")).std() > 5
+    classifier = load_model(tmp_path / "whole")
+    assert (classifier.stage, classifier.shape, classifier.diffusion.T) == ("classifier", (3, 32, 32), 1000)
+
+    with monkeypatch.context() as patch:
+        update = EMA.update
+        patch.setattr(EMA, "update", lambda ema, n: update(ema, n) or (n == 30 and os.kill(os.getpid(), signal.SIGTERM)))
+        assert run("train", *how, "--out", tmp_path / "stopped")[0] == 128 + signal.SIGTERM
+    assert run("train", "--stage", "classifier", "--resume", "--out", tmp_path / "stopped")[0] == 0
+    one, two = saved(tmp_path / "whole"), saved(tmp_path / "stopped")
+    assert equal(one["players"], two["players"]) and equal(one["ema"], two["ema"])
+    error = refused("train", *how, "--run", tmp_path / "whole", "--out", tmp_path / "other")
+    assert "is a classifier" in error
+
+
 def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
     out = tmp_path / "run"
     error = refused("train", *SHORT, "--lr", 1e30, "--warmup", 0, "--clip", 1e30, "--out", out)

@@ -1,12 +1,13 @@
 """Sections 3.5.5, 4.3 and 4.4.5: time and label embedding, linear attention, the U-Net."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import LinearAttention, ResBlock, UNet, letters_unet, linear_attention, timestep_embedding
+from unet import LinearAttention, ResBlock, UNet, letters_unet, linear_attention, noisy_classifier, timestep_embedding
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -179,3 +180,21 @@ def test_published_backbone():
         "out.2.weight": (4, 256, 3, 3),
     }.items():
         assert tuple(state[name].shape) == shape
+
+
+def test_4_4_2_the_classifier_is_the_way_down_of_the_unet():
+    """The same names, so the same layers; its answer depends on the noise level, on places, and on no other image."""
+    classifier, unet = (
+        noisy_classifier((4, 16, 8), 8, 16, (1, 2), 1),
+        UNet(4, 4, 16, (1, 2), 1, partial(LinearAttention, groups=1), groups=1),
+    )
+    for i, p in enumerate(classifier.parameters()):
+        p.data += 0.05 * randn(*p.shape, seed=i, dtype=torch.float32)
+    down = {name: p.shape for name, p in unet.named_parameters() if not name.startswith(("output_blocks", "out."))}
+    assert {name: p.shape for name, p in classifier.named_parameters() if not name.startswith("out.")} == down
+    x, t = randn(3, 4, 16, 8, dtype=torch.float32), torch.tensor([5, 5, 700])
+    logits = classifier(x, t)
+    assert logits.shape == (3, 8)
+    torch.testing.assert_close(logits[1:2], classifier(x[1:2], t[1:2]))
+    assert (classifier(x[:1], t[2:]) - logits[:1]).abs().max() > 1e-3
+    assert (classifier(x[:1].flip(-1), t[:1]) - logits[:1]).abs().max() > 1e-3
