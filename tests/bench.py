@@ -1,13 +1,15 @@
 """Performance, measured as ratios within one run:  python tests/bench.py
 
 training     images/s of the letters model, in float32 and bf16
-sampling     images/s with PLMS-50 and guidance, and the share of the time spent outside the network
+sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it
+solvers      error against evaluations on a Gaussian mixture, letters recognised against steps -> assets/solvers.png
+guidance     letters recognised and their variety against the scale, both guidances -> assets/guidance.png
 packing      opening a packed set of 400,000 images
 first-stage  nearest of 16384 codes against the plain distance matrix; encode + decode at the published size; peak memory
 paintings    packing 512 px JPEGs at 256 against a loop of plain Pillow, sRGB -> LAB, the painter; one process each
 evaluation   the Frechet distance against scipy's matrix root, images/s of features and of the loader, memory
 
-python tests/bench.py paintings    runs one of them
+python tests/bench.py paintings    runs one of them; without a name all but solvers and guidance, which draw pictures
 """
 
 import multiprocessing
@@ -23,20 +25,34 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import ALPHABET, crop_and_resize, open_packed, pack_paintings, paint, rgb_to_lab
-from ddpm import linear_schedule
+from data import (
+    ALPHABET,
+    ASSETS,
+    bars,
+    chart,
+    crop_and_resize,
+    embedded_letters,
+    grid,
+    open_packed,
+    pack_paintings,
+    paint,
+    rgb_to_lab,
+    to_tensor,
+)
+from ddpm import Diffusion, linear_schedule
 from fid import (
     Inception,
     Source,
     Statistics,
     frechet_distance,
     inception_features,
+    letters_classifier,
     letters_features,
     measure,
     paintings_features,
 )
 from ldm import PixelDiffusion
-from sample import denoise
+from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps
 from train import SIZES, Letters
 from unet import letters_unet
 from vqgan import VQGAN, nearest_code
@@ -78,9 +94,13 @@ def bench_training(batch=64):
     print(f"training, {count:.1f}M parameters, batch {batch}: {single:.0f} images/s float32, {bf16:.0f} bf16")
 
 
-def bench_sampling(batch=20, steps=50):
+def bench_sampling(batch=64, steps=50, rounds=2):
+    """In turns: PLMS with guidance, and as many evaluations of the bare network at the same batch and precision."""
     model = letters_model().eval()
-    inside, network = 0.0, model.unet.forward
+    network, inside = model.unet.forward, 0.0
+    y, seeds = np.arange(batch) % 26, np.arange(batch)
+    x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), torch.arange(2 * batch) % 27
+    x = x.contiguous(memory_format=torch.channels_last)
 
     def timed(*args, **kwargs):
         nonlocal inside
@@ -89,16 +109,143 @@ def bench_sampling(batch=20, steps=50):
         inside += time.perf_counter() - start
         return out
 
+    @torch.no_grad()
+    def bare(evaluations):
+        for _ in range(evaluations):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                network(x, t, y=labels)
+
     model.unet.forward = timed
-    y, seeds = np.arange(batch) % 26, np.arange(batch)
-    list(denoise(model, y, seeds, steps=2))
-    inside, start = 0.0, time.perf_counter()
-    list(denoise(model, y, seeds, steps=steps, scale=2.0))
-    total = time.perf_counter() - start
-    print(
-        f"sampling, PLMS-{steps}, scale 2, batch {batch}: {total:.1f} s, {batch / total:.1f} images/s, "
-        f"{100 * (1 - inside / total):.1f} % outside the network"
-    )
+    for bf16 in (False, True):
+        bare(2)
+        samplings, bares, outside = [], [], []
+        for _ in range(rounds):
+            inside, start = 0.0, time.perf_counter()
+            list(denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16))
+            samplings.append(time.perf_counter() - start)
+            outside.append(1 - inside / samplings[-1])
+            start = time.perf_counter()
+            bare(steps + 1)
+            bares.append(time.perf_counter() - start)
+        name = f"sampling, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
+        ratio, outside = min(bares) / min(samplings), 100 * min(outside)
+        print(f"{name}: {batch / min(samplings):.1f} images/s; {ratio:.3f} of the images/s of {steps + 1} bare evaluations")
+        print(f"    {outside:.2f} % of the time outside the network")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Solvers and guidance: what fewer steps and larger scales cost
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Mixture:
+    """Data 0.4 N(-0.7, 0.1^2) + 0.6 N(0.5, 0.25^2), and with it everything about x_t, exactly."""
+
+    w, m, s = torch.tensor([[0.4, 0.6], [-0.7, 0.5], [0.1, 0.25]], dtype=torch.float64)
+    alpha_bar = Diffusion(linear_schedule()).alpha_bar
+
+    def law(self, t):
+        a = self.alpha_bar[t]
+        return a.sqrt() * self.m, a * self.s**2 + 1 - a
+
+    def eps(self, x, t):
+        mean, var = self.law(t)
+        z = (x[:, None] - mean) / var  # minus the score of each part
+        share = (self.w.log() - var.log() / 2 - (x[:, None] - mean) * z / 2).softmax(1)
+        return (1 - self.alpha_bar[t]).sqrt() * (share * z).sum(1)
+
+    def quantiles(self, t, n):
+        """The n values at the probabilities 1/2n, 3/2n, ... of x_t, by bisection."""
+        mean, var = self.law(t)
+        p = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        low, high = torch.full_like(p, -9), torch.full_like(p, 9)
+        for _ in range(60):
+            x = (low + high) / 2
+            below = (self.w * torch.special.ndtr((x[:, None] - mean) / var.sqrt())).sum(1) < p
+            low, high = torch.where(below, x, low), torch.where(below, high, x)
+        return x
+
+
+def bench_solvers(counts=(4, 6, 10, 16, 25, 50, 100), samples=200_000):
+    """Writes assets/solvers.png. On the mixture: the mean distance of a sampler's values from the data's, both in order (the
+    Wasserstein distance in one dimension); that of the random sampler includes 0.002 for the number of its samples."""
+    mixture, generator, lines = Mixture(), torch.Generator().manual_seed(0), {}
+    for sampler in (ddpm, ddim, plms, dpm):
+        n = samples if sampler is ddpm else 2000
+        noise = [lambda: torch.randn(samples, generator=generator, dtype=torch.float64)] if sampler is ddpm else []
+        start, exact = mixture.quantiles(1000, n), mixture.quantiles(0, n)
+        errors = []
+        for steps in counts:
+            *_, (_, x, _) = sampler(mixture.eps, start, timesteps(1000, steps), mixture.alpha_bar, *noise)
+            errors.append((x.sort().values - exact).abs().mean().item())
+        lines[NAMES[sampler]] = [([steps + (sampler is plms) for steps in counts], errors)]
+        print(f"mixture, {NAMES[sampler]:15} " + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors)))
+    pictures = [chart(lines, "Error on a mixture of two Gaussians", "evaluations", "mean distance of sorted values")]
+
+    model, judge, lines = load(ASSETS / "letters.pt"), letters_judge(), {}
+    y = np.arange(26).repeat(4)
+    for sampler in (ddpm, ddim, plms, dpm):
+        how = {"sampler": sampler.__name__, "progress": False, "batch": len(y)}
+        shares = [judge(generate(model, y, steps=steps, **how), y) for steps in counts]
+        lines[NAMES[sampler]] = [([steps + (sampler is plms) for steps in counts], shares)]
+        print(
+            f"letters, {NAMES[sampler]:15} "
+            + "  ".join(f"{steps}: {100 * share:.1f} %" for steps, share in zip(counts, shares))
+        )
+    pictures.append(chart(lines, "Letters recognised, scale 2", "evaluations (each of both labels)", "share of 104 images"))
+    stacked(pictures).save(ASSETS / "solvers.png")
+
+
+NAMES = {ddpm: "DDPM", ddim: "DDIM", plms: "PLMS", dpm: "DPM-Solver++ 2M"}
+
+
+def bench_guidance(scales=(1, 2, 5, 15), each=8):
+    """Writes assets/guidance.png; needs runs/classifier from `python train.py --stage classifier`."""
+    model, judge = load(ASSETS / "letters.pt"), letters_judge()
+    classifier = load_classifier("runs/classifier", model)
+    y, rows, shown, names = np.arange(26).repeat(each), [], [], []
+    letters = embedded_letters()
+    _, fonts = letters.split()
+    real = letters.images[fonts][np.argsort(letters.labels[fonts], kind="stable")].repeat(3, -1)
+    print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {variety(real, 26):.1f}")
+    for name, guide in (("classifier-free", None), ("classifier", classifier)):
+        for scale in scales:
+            images = generate(model, y, scale=scale, classifier=guide, progress=False, batch=len(y))
+            row = {"label": f"scale {scale}", "set": name, "accuracy": 100 * judge(images, y), "variety": variety(images, 26)}
+            print(f"{name}, scale {scale}: {row['accuracy']:.1f} %, variety {row['variety']:.1f}", flush=True)
+            rows.append(row)
+            shown.append(images[::each])
+            names.append(f"{name} {scale}")
+    pictures = [grid(np.concatenate(shown), 26, names)]
+    pictures += [bars(rows, "accuracy", "Letters recognised, %"), bars(rows, "variety", "Distance of two images of a letter")]
+    stacked(pictures).save(ASSETS / "guidance.png")
+
+
+def letters_judge():
+    """The share of images (N, 32, 32, 3) that the letters classifier of fid.py names as they are labelled."""
+    network = letters_classifier()
+    network.load_state_dict(torch.load(ASSETS / "letters_classifier.pt", weights_only=True))
+    network.float().eval()
+
+    @torch.no_grad()
+    def judge(images, y):
+        return (network(to_tensor(images)[:, :1]).argmax(1).numpy() == y).mean()
+
+    return judge
+
+
+def variety(images, labels):
+    """Root mean square distance of two images of a label, in grey levels, averaged over all pairs and over the labels."""
+    x = torch.from_numpy(images).reshape(labels, -1, images[0].size).float() / images[0].size ** 0.5
+    n = x.shape[1]
+    return (torch.cdist(x, x).sum((1, 2)) / (n * (n - 1))).mean().item()
+
+
+def stacked(pictures):
+    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    for i, picture in enumerate(pictures):
+        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    return whole
 
 
 def bench_opening(count=400_000):
@@ -261,6 +408,8 @@ def bench_paintings(count=48):
 BENCHES = {
     "training": bench_training,
     "sampling": bench_sampling,
+    "solvers": bench_solvers,
+    "guidance": bench_guidance,
     "packing": bench_opening,
     "first-stage": bench_first_stage,
     "paintings": bench_paintings,
@@ -269,5 +418,5 @@ BENCHES = {
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name in sys.argv[1:] or BENCHES:
+    for name in sys.argv[1:] or [name for name in BENCHES if name not in ("solvers", "guidance")]:
         BENCHES[name]()
