@@ -1,8 +1,10 @@
-"""Helpers: run a program of the project in this process as a user would, and a tiny untrained model on disk."""
+"""Helpers: run a program of the project in this process as a user would, a tiny untrained model on disk, golden weights."""
 
 import signal
 import sys
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,3 +65,18 @@ def make_tiny_model(path, **changes):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("run") / "model.pt")
+
+
+def standard_normal(name, shape):
+    """The numbers that the golden outputs were made with: a function of the name alone."""
+    return torch.from_numpy(np.asarray(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))))
+
+
+def fill_(module, prefix):
+    """Every parameter from its own name, as the golden outputs were made."""
+    module.double()
+    for name, p in module.named_parameters():
+        z = standard_normal(prefix + name, p.shape)
+        one = 0.05 * z + name.endswith("weight")  # scales of norms near 1, biases near 0
+        p.data.copy_(z / np.sqrt(np.prod(p.shape[1:])) if p.ndim >= 2 else one)
+    return module

@@ -5,7 +5,6 @@ import os
 import pickle
 import sys
 import types
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fill_, standard_normal
 from PIL import Image
 
 import ldm
@@ -191,23 +191,12 @@ def test_code_use():
 # ---------------------------------------------------------------------------------------------------- the model
 
 
-def fill_(module, prefix):
-    """Every parameter from its own name, as the golden outputs were made."""
-    module.double()
-    for name, p in module.named_parameters():
-        z = np.random.RandomState(zlib.crc32((prefix + name).encode())).standard_normal(tuple(p.shape))
-        one = 0.05 * z + name.endswith("weight")  # scales of norms near 1, biases near 0
-        z = z / np.sqrt(np.prod(p.shape[1:])) if p.ndim >= 2 else one
-        p.data.copy_(torch.from_numpy(z))
-    return module
-
-
 @pytest.fixture(scope="module")
 def golden():
     """The first of two images, its latent and its reconstruction (every fourth pixel), from the published code in float64."""
-    noise = np.random.RandomState(zlib.crc32(b"input:vq.x")).standard_normal((2, 3, 64, 64))
+    x = (standard_normal("input:vq.x", (2, 3, 64, 64))[:1] / 2).clamp(-1, 1)
     with np.load(Path(__file__).parent / "golden" / "vq.npz") as file:
-        return {"x": torch.from_numpy(noise[:1] / 2).clamp(-1, 1)} | {name: torch.from_numpy(file[name]) for name in file.files}
+        return {"x": x} | {name: torch.from_numpy(file[name]) for name in file.files}
 
 
 def test_outputs_equal_those_of_the_published_code(golden):
