@@ -21,7 +21,19 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import ASSETS, UserError, grid, load_image, run_program, to_tensor, to_uint8, whole_file
+from data import (
+    ASSETS,
+    COLOURS,
+    UserError,
+    grid,
+    label_distances,
+    load_image,
+    mean_colour,
+    run_program,
+    to_tensor,
+    to_uint8,
+    whole_file,
+)
 from ddpm import Diffusion, classifier_free_guidance
 from ldm import load_model
 
@@ -206,11 +218,32 @@ def generate(model, y, seeds, steps=50, batch=64, progress=True, **how):
     return np.concatenate(images)
 
 
-def label_grid(model, columns, seed=0, **how):
-    """Figure 5.1's layout: one row a label, the zero-label last; a column shares its seed. Returns the picture."""
-    labels = np.arange(len(model.classes) + 1).repeat(columns)
-    seeds = np.tile(np.arange(seed, seed + columns), len(model.classes) + 1)
-    return grid(generate(model, labels, seeds, **how), columns, [*model.classes, "none"])
+def images_by_label(model, columns, seed=0, **how):
+    """Images of every label, the zero-label last, (K + 1, columns, H, W, 3) uint8; a column shares its seed."""
+    rows = len(model.classes) + 1
+    labels = np.arange(rows).repeat(columns)
+    seeds = np.tile(np.arange(seed, seed + columns), rows)
+    images = generate(model, labels, seeds, **how)
+    return images.reshape(rows, columns, *images.shape[1:])
+
+
+def draw_rows(images, classes):
+    """Figure 5.1's layout: one row a label, the zero-label last. Behind the name of a colour stands its distance."""
+    names, distances = [*classes, "none"], colour_distance(images, classes)
+    if distances is not None:
+        names = [f"{name} {distance:.0f}" for name, distance in zip(names, distances)] + names[-1:]
+    return grid(images.reshape(-1, *images.shape[2:]), images.shape[1], names)
+
+
+def colour_distance(images, classes):
+    """5.4.1, figure 5.7: the distance |mean of the pixels - label colour| in RGB, its mean over each row of images.
+
+    images: (K or more, N, H, W, 3) uint8, one row a label; Returns (K,), or None where the labels are not table 4.1's.
+    """
+    if list(classes) != list(COLOURS):
+        return None
+    labels = np.arange(len(classes))
+    return label_distances(mean_colour(images[labels]))[labels, :, labels].mean(1)
 
 
 def denoising_strip(model, y, seeds, frames=12, **how):
@@ -463,8 +496,8 @@ def draw(model, args, label, how):
         return grid(row, len(row), scale=3, gap=0), len(y), f"{args.text.replace(' ', '_')}.png"
     if args.grid:
         columns = args.n or 8
-        picture = label_grid(model, columns, args.seed, batch=args.batch, **how)
-        return picture, columns * (len(model.classes) + 1), "grid.png"
+        images = images_by_label(model, columns, args.seed, batch=args.batch, **how)
+        return draw_rows(images, model.classes), columns * (len(model.classes) + 1), "grid.png"
     label = model.zero_label if label is None else label
     name = [*model.classes, "none"][label]
     n = args.n or (2 if args.strip else 16)
