@@ -5,6 +5,8 @@
     python sample.py --run runs/letters --grid                         one row a label, the zero-label last
     python sample.py --run runs/letters --label R --strip              the denoising path
     python sample.py --run runs/letters --per-label 64 --out samples   one folder a label
+    python sample.py --run runs/ldm --scales 1 2 5 15                  grids at several guidance scales, and a table
+    python sample.py --run runs/ldm --label blue --size 512            larger than it was trained: a larger latent
 
 To a sampler a model is a function `eps(x, t)`. Guidance and clipping wrap that function; a sampler knows neither network
 nor label. Samplers are generators: after every step they yield (t, x_t, predicted x_0), and the last x is the sample.
@@ -30,6 +32,7 @@ from data import (
     load_image,
     mean_colour,
     run_program,
+    side_by_side,
     to_tensor,
     to_uint8,
     whole_file,
@@ -238,12 +241,19 @@ def draw_rows(images, classes):
 def colour_distance(images, classes):
     """5.4.1, figure 5.7: the distance |mean of the pixels - label colour| in RGB, its mean over each row of images.
 
-    images: (K or more, N, H, W, 3) uint8, one row a label; Returns (K,), or None where the labels are not table 4.1's.
+    images: (K or more, N, H, W, 3) uint8, one row a label. Returns (K,), or None where the labels are not those of table 4.1.
     """
     if list(classes) != list(COLOURS):
         return None
     labels = np.arange(len(classes))
     return label_distances(mean_colour(images[labels]))[labels, :, labels].mean(1)
+
+
+def variety(images):
+    """5.3.1, "the image variance": the mean distance of two images of a row, the root of the mean squared difference of their
+    values, 0 to 255. images: (K, N, H, W, 3) uint8, N > 1. Returns (K,)."""
+    flat = torch.from_numpy(images).flatten(2).double()
+    return np.array([(torch.pdist(row).mean() / row.shape[1] ** 0.5).item() for row in flat])
 
 
 def denoising_strip(model, y, seeds, frames=12, **how):
@@ -253,7 +263,7 @@ def denoising_strip(model, y, seeds, frames=12, **how):
     x_t = np.stack([to_uint8(model.decode(x)) for _, x, _ in chosen], axis=1)  # (B, frames, H, W, 3)
     x_0 = np.stack([to_uint8(model.decode(x)) for _, _, x in chosen], axis=1)
     rows = np.stack([x_t, x_0], axis=1)  # (B, 2, frames, H, W, 3)
-    return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=2)
+    return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=max(1, 64 // rows.shape[-2]))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -333,6 +343,7 @@ def parse():
     p.add_argument("--n", type=int, help="how many images, or columns of a grid (default 16, grid 8, strip 2)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
+    what.add_argument("--scales", type=float, nargs="+", metavar="S", help="such a grid for each of these guidance scales")
     what.add_argument("--text", help="draw a word, one image a letter")
     what.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
     what.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="encode and decode images with a first stage")
@@ -347,7 +358,9 @@ def parse():
     p.add_argument("--seed", type=int, default=0, help="seed of the first image; image k has seed + k (default 0)")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default ema")
     p.add_argument("--batch", type=int, default=64, help="images at a time (default 64)")
-    p.add_argument("--size", type=int, help="pixels that images are cropped and resized to (default: as in training)")
+    p.add_argument(
+        "--size", type=int, help="pixels of what a latent model draws or a first stage is given (default: as trained)"
+    )
     p.add_argument("--out", help="picture, or folder with --per-label and --reconstruct (default: named after what it shows)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     return p.parse_args()
@@ -367,8 +380,11 @@ def main():
 
 def check(args):
     """Raises UserError for arguments that no model could follow."""
-    if not 0 <= args.scale < math.inf:
-        raise UserError(f"--scale {args.scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
+    for scale in args.scales or [args.scale]:
+        if not 0 <= scale < math.inf:
+            raise UserError(f"--scale {scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
+    if args.scales and args.n == 1:
+        raise UserError("--scales: the variety of a row needs --n 2 or more")
     folder = args.per_label or args.reconstruct and not Path(args.out or ".").suffix
     if args.out and not folder and Path(args.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {args.out}: not the name of a picture; end it with .png")
@@ -389,6 +405,10 @@ def write_samples(args, device):
     model = load_model(run, args.weights, device)
     if model.stage == "vqgan":
         raise UserError(f"{run} is a first stage, it draws nothing by itself; --reconstruct IMAGES shows what it keeps of them")
+    if args.size:
+        model.shape = latent_shape(model, args.size)
+    if args.clip and model.stage == "ldm":
+        raise UserError("--clip: clamps pixels, and this model diffuses latents")
     T = model.diffusion.T
     if not 1 <= args.steps <= T:
         raise UserError(f"--steps {args.steps}: expected 1 to {T}, the steps the model was trained with")
@@ -400,7 +420,7 @@ def write_samples(args, device):
             raise UserError(f"--times published: {error}") from None
     how = {"sampler": args.sampler, "steps": steps, "scale": args.scale, "eta": args.eta, "clip": args.clip}
     label = label_number(model, args.label) if args.label else None
-    if model.settings["p_uncond"] == 0 and (args.scale != 1 or label == model.zero_label or args.grid):
+    if model.settings["p_uncond"] == 0 and (args.scale != 1 or label == model.zero_label or args.grid or args.scales):
         print(
             "note: trained with p_uncond 0, this model never saw the zero-label; guidance and 'none' mean nothing",
             file=sys.stderr,
@@ -415,7 +435,19 @@ def write_samples(args, device):
         out = Path(args.out or out)
         save(picture, out)
     seconds = time.perf_counter() - start
-    print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second), {args.sampler}, scale {args.scale:g}")
+    scales = " ".join(f"{scale:g}" for scale in args.scales or [args.scale])
+    print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second), {args.sampler}, scale {scales}")
+
+
+def latent_shape(model, size):
+    """The shape of the latent that decodes to size x size: the network takes any that its halvings divide."""
+    if model.stage != "ldm":
+        raise UserError("--size: this model draws pixels, of the size it was trained with")
+    factor = model.first_stage.factor
+    least = factor * 2 ** (len(model.settings["multipliers"]) - 1)
+    if size % least:
+        raise UserError(f"--size {size}: expected a multiple of {least}, for the halvings of the first stage and the U-Net")
+    return model.shape[0], size // factor, size // factor
 
 
 def open_first_stage(run, args, device):
@@ -498,6 +530,10 @@ def draw(model, args, label, how):
         columns = args.n or 8
         images = images_by_label(model, columns, args.seed, batch=args.batch, **how)
         return draw_rows(images, model.classes), columns * (len(model.classes) + 1), "grid.png"
+    if args.scales:
+        columns = args.n or 8
+        count = columns * (len(model.classes) + 1) * len(args.scales)
+        return draw_scales(model, args, columns, how), count, "scales.png"
     label = model.zero_label if label is None else label
     name = [*model.classes, "none"][label]
     n = args.n or (2 if args.strip else 16)
@@ -505,7 +541,21 @@ def draw(model, args, label, how):
     if args.strip:
         return denoising_strip(model, y, seeds, **how), n, f"{name}_strip.png"
     images = generate(model, y, seeds, batch=args.batch, **how)
-    return grid(images, min(n, 8), scale=2), n, f"{name}.png"
+    return grid(images, min(n, 8), scale=max(1, 64 // images.shape[1])), n, f"{name}.png"
+
+
+def draw_scales(model, args, columns, how):
+    """Figures 5.1 to 5.4 side by side, one grid a guidance scale, and what the scale does to colour and variety as a table."""
+    titles = [f"scale {scale:g}" for scale in args.scales]
+    pictures = []
+    print(f"{'':10}  colour distance  variety")
+    for scale, title in zip(args.scales, titles):
+        images = images_by_label(model, columns, args.seed, batch=args.batch, **how | {"scale": scale})
+        pictures.append(draw_rows(images, model.classes))
+        distances, labelled = colour_distance(images, model.classes), images[:-1]
+        distance = "-" if distances is None else f"{distances.mean():.1f}"
+        print(f"{title:10}  {distance:>15}  {variety(labelled).mean():7.1f}")
+    return side_by_side(pictures, titles)
 
 
 def write_folders(model, out, args, label, how):

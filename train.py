@@ -124,7 +124,7 @@ class Settings:
     def check_levels(self):
         if self.channels % self.groups:
             raise UserError(f"--groups {self.groups}: must divide --channels {self.channels}")
-        if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
+        if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels or ()):
             raise UserError(f"--attention-levels: expected numbers from 0 to {len(self.multipliers) - 1}")
 
 
@@ -273,7 +273,9 @@ class Latent(DiffusionSettings):
     lr: float | None = flag(
         None, "peak learning rate of AdamW; no batch size multiplies it (published: 1e-6 an image, 6.4e-5 for 64)", kind=float
     )
-    attention_levels: tuple | None = flag(None, "levels with cross-attention, 0 = full resolution", kind=int, nargs="*")
+    attention_levels: tuple | None = flag(
+        None, "levels with cross-attention, 0 = full resolution (default: all)", kind=int, nargs="+"
+    )
     groups: int | None = flag(None, "of every normalisation", kind=int)
     context_channels: int | None = flag(None, "width of the label embedding", kind=int)
     latent_scale: float | None = flag(
@@ -382,7 +384,6 @@ SIZES = {
             "blocks": 1,
             "schedule": "sqrt_linear",
             "T": 1000,
-            "attention_levels": (0, 1, 2),
             "groups": 2,
             "context_channels": 512,
         },
@@ -397,7 +398,6 @@ SIZES = {
             "blocks": 2,
             "schedule": "sqrt_linear",
             "T": 1000,
-            "attention_levels": (0, 1, 2),
             "groups": 32,
             "context_channels": 512,
             "latent_scale": 1.0,
@@ -658,7 +658,7 @@ class LatentStage(DiffusionStage):
         self.encode()
 
     def encode(self):
-        """The latents, once the first stage has its weights; what they are scaled by is found by the run's first process."""
+        """The latents, once the first stage has its weights, and their scale, which a resumed run keeps."""
         s = self.settings
         self.latents = encoded(self.data, self.model.first_stage, s.flip, s.device)
         z = self.latents[self.train_rows, 0]
