@@ -298,13 +298,13 @@ class Latent(DiffusionSettings):
             raise UserError(f"--channels {self.channels}: must be a multiple of 32, the width of an attention head")
         if self.latent_scale is not None and self.latent_scale <= 0:
             raise UserError(f"--latent-scale {self.latent_scale}: must be more than 0")
-        if self.init and self.first_stage:
-            raise UserError(f"--first-stage {self.first_stage}: --init {self.init} brings its own; leave the flag away")
 
     def preset(self):
         """The network of the model that --init names."""
         if not self.init or self.first_stage_settings:
             return {}
+        if self.first_stage:
+            raise UserError(f"--first-stage {self.first_stage}: --init {self.init} brings its own; leave the flag away")
         model = load_model(self.init)
         if model.stage != "ldm":
             raise UserError(f"--init {self.init}: no latent model")
