@@ -518,7 +518,9 @@ class AutoencoderStage(Stage):
         self.counts = torch.zeros(s.codes, dtype=torch.long, device=device)  # of the codes, since the epoch began
         self.best_from = 1 + max(s.disc_start if s.adversarial else 0, s.quantise_from if s.bottleneck == "vq" else 0)
         if s.compile:
-            self.model.compile()
+            net = self.model
+            for part in (net.encoder, net.decoder.mid, *net.decoder.up):  # not the last layer: lambda keeps its graph
+                part.compile()
 
     def start(self):
         """Weights to start from (4.4.7, fine-tuning)."""
