@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from data import (
     UserError,
+    balanced_rows_of_update,
     chart,
     embedded_letters,
     grid,
@@ -77,6 +78,7 @@ class Settings:
     multipliers: tuple | None = flag(None, "width of every level as a multiple of it", kind=int, nargs="+")
     ema: float | None = flag(None, "decay of the averaged weights, 0 = no averaging", kind=float)
     flip: bool = flag(False, "mirror half of the images")
+    balanced: bool = flag(False, "draw every label equally often, however few images it has")
     warmup: int = flag(100, "updates until the learning rate is reached")
     weight_decay: float = flag(0.01, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm")
@@ -393,6 +395,7 @@ class Stage:
             raise UserError(f"{settings.data}: too few images to keep some for validation; two a class are the least")
         if settings.overfit:
             self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
+        self.train_labels = data.labels[self.train_rows]
         torch.manual_seed(settings.seed)
 
     def start(self):
@@ -400,6 +403,8 @@ class Stage:
 
     def rows(self, n):
         s = self.settings
+        if s.balanced:
+            return self.train_rows[balanced_rows_of_update(s.seed, n, s.batch, self.train_labels)]
         return self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
 
     def state_dict(self):
@@ -840,7 +845,8 @@ def train(stage_name, typed, resume):
         save = last or done % settings.save_every == 0
         validate = not stopping and (last or done % settings.validate_every == 0)
         compare = stage.compares and not stopping and (last or done % settings.preview_every == 0)
-        if not (save or validate or compare or done % 10 == 0):
+        preview = not last and done % settings.preview_every == 0
+        if not (save or validate or preview or compare or done % 10 == 0):
             continue
         row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n), **means.take()}
         if not all(map(math.isfinite, row.values())):
@@ -856,7 +862,7 @@ def train(stage_name, typed, resume):
                 row |= stage.validate()
                 with ema.averaged():
                     row |= {f"{name}_ema": value for name, value in stage.validate().items()}
-            if done % settings.preview_every == 0 and not last:
+            if preview:
                 stage.preview(out / f"preview_{done:06d}_raw.png")
                 with ema.averaged():
                     stage.preview(out / f"preview_{done:06d}.png")
