@@ -85,6 +85,7 @@ class Settings:
     multipliers: tuple | None = flag(None, "width of every level as a multiple of it", kind=int, nargs="+")
     ema: float | None = flag(None, "decay of the averaged weights, 0 = no averaging", kind=float)
     flip: bool = flag(False, "mirror half of the images")
+    balanced: bool = flag(False, "draw every label equally often, however few images it has")
     warmup: int = flag(100, "updates until the learning rate is reached")
     weight_decay: float = flag(0.01, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm")
@@ -281,7 +282,6 @@ class Latent(DiffusionSettings):
     latent_scale: float | None = flag(
         None, "factor on the latents (default: small 1/std, thesis 1 as published, E54)", kind=float
     )
-    balanced: bool = flag(False, "show every label equally often, however rare it is")
     checkpoint_activations: bool = flag(False, "compute activations again for the gradient: less memory", resume=True)
     first_stage_settings: dict | None = None  # no flag: what the first stage's file says
 
@@ -506,6 +506,7 @@ class Stage:
             raise UserError(f"{settings.data}: too few images to keep some for validation; two a class are the least")
         if settings.overfit:
             self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
+        self.train_labels = data.labels[self.train_rows]
         torch.manual_seed(settings.seed)
 
     def start(self):
@@ -513,6 +514,8 @@ class Stage:
 
     def rows(self, n):
         s = self.settings
+        if s.balanced:
+            return self.train_rows[balanced_rows_of_update(s.seed, n, s.batch, self.train_labels)]
         return self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
 
     def state_dict(self):
@@ -667,12 +670,6 @@ class LatentStage(DiffusionStage):
         size = " x ".join(map(str, z.shape[1:]))
         print(f"latents {size}: mean {mean:.3f}, standard deviation {deviation:.3f}, scaled by {s.latent_scale:.3f}")
 
-    def rows(self, n):
-        s = self.settings
-        if not s.balanced:
-            return super().rows(n)
-        return self.train_rows[balanced_rows_of_update(s.seed, n, s.batch, self.data.labels[self.train_rows])]
-
     def examples(self, rows, mirrored=None):
         """x_0 and labels of the rows, x_0 of the mirrored image where `mirrored`, (B,), says so."""
         z = self.latents[rows, 0 if mirrored is None else mirrored.long().numpy()]
@@ -762,7 +759,9 @@ class AutoencoderStage(Stage):
         self.counts = torch.zeros(s.codes, dtype=torch.long, device=device)  # of the codes, since the epoch began
         self.best_from = 1 + max(s.disc_start if s.adversarial else 0, s.quantise_from if s.bottleneck == "vq" else 0)
         if s.compile:
-            self.model.compile()
+            net = self.model
+            for part in (net.encoder, net.decoder.mid, *net.decoder.up):  # not the last layer: lambda keeps its graph
+                part.compile()
 
     def start(self):
         """Weights to start from (4.4.7, fine-tuning)."""

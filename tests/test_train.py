@@ -53,6 +53,15 @@ def test_every_epoch_sees_every_row_once_in_another_order():
     assert not np.array_equal(rows_of_update(1, 17, 8, 50), rows[17 * 8 : 18 * 8])
 
 
+def test_balanced_draws_every_label_equally_often():
+    s = stage(balanced=True)
+    keep = [np.flatnonzero(s.train_labels == label)[:count] for label, count in enumerate((300, 30, 3, 1))]
+    s.train_rows = s.train_rows[np.concatenate(keep)]
+    s.train_labels = s.data.labels[s.train_rows]
+    rows = np.concatenate([s.rows(n) for n in range(50)])
+    assert np.isin(rows, s.train_rows).all() and np.bincount(s.data.labels[rows]).tolist() == [25 * s.settings.batch // 2] * 4
+
+
 def seen_by(stage, n):
     """What update n gives the model: x_0, y, t, noise."""
     seen = {}
