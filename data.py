@@ -1347,6 +1347,17 @@ def grid(images, columns, names=None, scale=1, gap=2):
     return picture
 
 
+def side_by_side(pictures, titles):
+    """Pictures of one height in a row, each under its title."""
+    joined = Image.new("RGB", (sum(picture.width for picture in pictures), 24 + pictures[0].height), PAPER)
+    draw, x = ImageDraw.Draw(joined), 0
+    for picture, title in zip(pictures, titles):
+        joined.paste(picture, (x, 24))
+        draw.text((x + picture.width // 2, 12), title, INK, font(15), anchor="mm")
+        x += picture.width
+    return joined
+
+
 def chart(lines, title, x_label, y_label, size=(900, 460)):
     """A line chart with a logarithmic y axis.
 

@@ -260,9 +260,9 @@ def drop_labels(y, zero_label, p, u):
 
     One Bernoulli draw a label, not a fixed share as the example of ten labels suggests; fig. 4.7 overwrites the caller's
     labels and uses NumPy's global generator, this returns a new tensor and takes its randomness as an argument.
-    y: (B,) labels; u: (B,) uniform numbers in [0, 1).
+    y: (B,) labels, or (B, n), n of one image, which are dropped together; u: (B,) uniform in [0, 1).
     """
-    return torch.where(u < p, zero_label, y)
+    return torch.where((u < p).view(*u.shape, *[1] * (y.dim() - u.dim())), zero_label, y)
 
 
 def classifier_free_guidance(eps_zero, eps_y, scale):

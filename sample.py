@@ -5,6 +5,8 @@
     python sample.py --run runs/letters --grid                         one row a label, the zero-label last
     python sample.py --run runs/letters --label R --strip              the denoising path; --gif shows it moving
     python sample.py --run runs/letters --per-label 64 --out samples   one folder a label; stops, and goes on where it was
+    python sample.py --run runs/ldm --scales 1 2 5 15                  grids at several guidance scales, and a table
+    python sample.py --run runs/ldm --label blue --size 512            larger than it was trained: a larger latent
 
 To a sampler a model is a function `eps(x, t)`. Guidance and clipping wrap that function; a sampler knows neither network
 nor label. Samplers are generators: after every step they yield (t, x_t, predicted x_0), and the last x is the sample.
@@ -13,7 +15,6 @@ To other programs this file is two functions:  generate(load("runs/letters"), ["
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -28,9 +29,23 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import ASSETS, UserError, grid, load_image, npy_header, run_program, to_tensor, to_uint8, whole_file
+from data import (
+    ASSETS,
+    COLOURS,
+    UserError,
+    grid,
+    label_distances,
+    load_image,
+    mean_colour,
+    npy_header,
+    run_program,
+    side_by_side,
+    to_tensor,
+    to_uint8,
+    whole_file,
+)
 from ddpm import Diffusion, classifier_free_guidance, classifier_guided_eps, classifier_guided_mean
-from ldm import load_model
+from ldm import fingerprint, load_model, space_of
 
 # ------------------------------------------------------------------------------------------------------------------
 # 4.6  Time steps
@@ -296,7 +311,8 @@ def load_classifier(run, model, weights="ema", compile=False):
     if classifier.stage != "classifier":
         raise UserError(f"{run} is no classifier; python train.py --stage classifier makes one in runs/classifier")
     same_schedule = torch.equal(classifier.diffusion.beta, model.diffusion.beta)
-    if not same_schedule or (classifier.classes, classifier.shape) != (model.classes, model.shape):
+    same = classifier.classes == model.classes and classifier.shape == model.shape and classifier.space == space_of(model)
+    if not (same and same_schedule):
         raise UserError(f"{run}: its labels, images or noise schedule are not those of the model that it is to guide (E47)")
     if compile:
         classifier.network.compile()
@@ -307,10 +323,11 @@ def load_classifier(run, model, weights="ema", compile=False):
 def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, progress=True, **how):
     """`count` images of every label as (N, H, W, 3) uint8, in that order. `how`: further arguments of `denoise`.
 
-    labels: a name or number, or a list of them; "none" is the zero-label. seeds: one an image, by default seed, seed + 1, ...
+    labels: a name or number, or a list of them; "none" is the zero-label; for latent models each of the list may itself be
+    several labels. seeds: one an image, by default seed, seed + 1, ...
     """
     labels = [labels] if isinstance(labels, str) or np.ndim(labels) == 0 else labels
-    y = np.repeat([label_number(model, label) for label in labels], count)
+    y = np.repeat([label_number(model, label) for label in labels], count, axis=0)
     seeds = seed + np.arange(len(y)) if seeds is None else seeds
     chunks = [slice(i, i + batch) for i in range(0, len(y), batch)]
     total = len(chunks) * step_count(steps)
@@ -323,11 +340,39 @@ def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, pro
     return np.concatenate(images)
 
 
-def label_grid(model, columns, seed=0, **how):
-    """Figure 5.1's layout: one row a label, the zero-label last; a column shares its seed. Returns the picture."""
-    labels = np.arange(len(model.classes) + 1).repeat(columns)
-    seeds = np.tile(np.arange(seed, seed + columns), len(model.classes) + 1)
-    return grid(generate(model, labels, seeds, **how), columns, [*model.classes, "none"])
+def images_by_label(model, columns, seed=0, **how):
+    """Images of every label, the zero-label last, (K + 1, columns, H, W, 3) uint8; a column shares its seed."""
+    rows = len(model.classes) + 1
+    labels = np.arange(rows).repeat(columns)
+    seeds = np.tile(np.arange(seed, seed + columns), rows)
+    images = generate(model, labels, seeds, **how)
+    return images.reshape(rows, columns, *images.shape[1:])
+
+
+def draw_rows(images, classes):
+    """Figure 5.1's layout: one row a label, the zero-label last. Behind the name of a colour stands its distance."""
+    names, distances = [*classes, "none"], colour_distance(images, classes)
+    if distances is not None:
+        names = [f"{name} {distance:.0f}" for name, distance in zip(names, distances)] + names[-1:]
+    return grid(images.reshape(-1, *images.shape[2:]), images.shape[1], names)
+
+
+def colour_distance(images, classes):
+    """5.4.1, figure 5.7: the distance |mean of the pixels - label colour| in RGB, its mean over each row of images.
+
+    images: (K or more, N, H, W, 3) uint8, one row a label. Returns (K,), or None where the labels are not those of table 4.1.
+    """
+    if list(classes) != list(COLOURS):
+        return None
+    labels = np.arange(len(classes))
+    return label_distances(mean_colour(images[labels]))[labels, :, labels].mean(1)
+
+
+def variety(images):
+    """5.3.1, "the image variance": the mean distance of two images of a row, the root of the mean squared difference of their
+    values, 0 to 255. images: (K, N, H, W, 3) uint8, N > 1. Returns (K,)."""
+    flat = torch.from_numpy(images).flatten(2).double()
+    return np.array([(torch.pdist(row).mean() / row.shape[1] ** 0.5).item() for row in flat])
 
 
 def along_the_path(model, y, seeds, frames, steps=50, **how):
@@ -348,7 +393,7 @@ def denoising_strip(model, y, seeds, frames=12, **how):
     x_t = np.stack([to_uint8(model.decode(x)) for _, x, _ in chosen], axis=1)  # (B, frames, H, W, 3)
     x_0 = np.stack([to_uint8(model.decode(x)) for _, _, x in chosen], axis=1)
     rows = np.stack([x_t, x_0], axis=1)  # (B, 2, frames, H, W, 3)
-    return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=2)
+    return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=max(1, 64 // rows.shape[-2]))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -432,14 +477,6 @@ class PackedSet:
 STORES = {"png": PngFolders, "npy": PackedSet}
 
 
-def fingerprint(model):
-    """What tells two models apart: a digest of the settings and all weights."""
-    digest = hashlib.sha256(repr(sorted(model.settings.items())).encode())
-    for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def claim(out, settings, rows):
     """Begin the set in `out`, or go on with it if it was begun with the same settings. Returns B, how many rows a chunk has.
 
@@ -470,7 +507,8 @@ def write_many(model, out, form, per_label, labels, seed, settings, how):
     device, names = next(model.parameters()).device, [[*model.classes, "none"][i] for i in labels]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = per_label * len(labels)
-    settings = settings | how | {"format": form, "labels": names, "seed": seed, "model": fingerprint(model)}
+    settings = settings | how | {"format": form, "labels": names, "seed": seed}
+    settings["model"] = fingerprint(model, sorted(model.settings.items()))
     settings["classifier"] = how["classifier"] and fingerprint(how["classifier"])
     batch = claim(out, settings, rows)
 
@@ -559,7 +597,9 @@ def prior_rows(model, size, columns, seed=0):
 
 
 def label_number(model, label):
-    """A label by name or number; "none" is the zero-label, unconditional generation."""
+    """A label by name or number, or several; "none" is the zero-label, unconditional generation."""
+    if isinstance(label, list | tuple | np.ndarray):
+        return [label_number(model, one) for one in label]
     if not isinstance(label, str):
         if not 0 <= label <= model.zero_label:
             raise UserError(f"label {label}: expected 0 to {model.zero_label}")
@@ -588,6 +628,7 @@ def parse():
     p.add_argument("--n", type=int, help="how many images, or columns of a grid (default 16, film 32, grid 8, strip 2)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
+    what.add_argument("--scales", type=float, nargs="+", metavar="S", help="such a grid for each of these guidance scales")
     what.add_argument("--text", help="draw a word, one image a letter")
     what.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
     what.add_argument("--gif", action="store_true", help="a film of a grid being denoised, of --label or of all labels in turn")
@@ -610,7 +651,9 @@ def parse():
     p.add_argument("--batch", type=int, help="images at a time (default 64)")
     p.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the networks (default float32)")
     p.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    p.add_argument("--size", type=int, help="pixels that images are cropped and resized to (default: as in training)")
+    p.add_argument(
+        "--size", type=int, help="pixels of what a latent model draws or a first stage is given (default: as trained)"
+    )
     p.add_argument("--out", help="picture, or folder with --per-label and --reconstruct (default: named after what it shows)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
     return p.parse_args()
@@ -631,8 +674,11 @@ def main():
 
 def check(args):
     """Raises UserError for arguments that no model could follow."""
-    if not 0 <= args.scale < math.inf:
-        raise UserError(f"--scale {args.scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
+    for scale in args.scales or [args.scale]:
+        if not 0 <= scale < math.inf:
+            raise UserError(f"--scale {scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
+    if args.scales and args.n == 1:
+        raise UserError("--scales: the variety of a row needs --n 2 or more")
     folder = args.per_label or args.reconstruct and not Path(args.out or ".").suffix
     if args.out and not folder and Path(args.out).suffix.lower() not in Image.registered_extensions():
         raise UserError(f"--out {args.out}: not the name of a picture; end it with .png")
@@ -654,6 +700,10 @@ def check(args):
 
 def write_samples(args, device):
     model = load(args.run, args.weights, device, args.compile)
+    if args.size:
+        model.shape = latent_shape(model, args.size)
+    if args.clip and model.stage == "ldm":
+        raise UserError("--clip: clamps pixels, and this model diffuses latents")
     T = model.diffusion.T
     if not 1 <= args.steps <= T:
         raise UserError(f"--steps {args.steps}: expected 1 to {T}, the steps the model was trained with")
@@ -670,7 +720,8 @@ def write_samples(args, device):
     )
     how["bf16"] = args.precision == "bf16"
     label = label_number(model, args.label) if args.label else None
-    if model.settings["p_uncond"] == 0 and (args.scale != 1 or guided or label == model.zero_label or args.grid):
+    none = label == model.zero_label or args.grid or args.scales
+    if model.settings["p_uncond"] == 0 and (args.scale != 1 or guided or none):
         print(
             "note: trained with p_uncond 0, this model never saw the zero-label; guidance and 'none' mean nothing",
             file=sys.stderr,
@@ -688,7 +739,19 @@ def write_samples(args, device):
         out = Path(args.out or out)
         save(picture, out)
     seconds = time.perf_counter() - start
-    print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second), {args.sampler}, scale {args.scale:g}")
+    scales = " ".join(f"{scale:g}" for scale in args.scales or [args.scale])
+    print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second), {args.sampler}, scale {scales}")
+
+
+def latent_shape(model, size):
+    """The shape of the latent that decodes to size x size: the network takes any that its halvings divide."""
+    if model.stage != "ldm":
+        raise UserError("--size: this model draws pixels, of the size it was trained with")
+    factor = model.first_stage.factor
+    least = factor * 2 ** (len(model.settings["multipliers"]) - 1)
+    if size % least:
+        raise UserError(f"--size {size}: expected a multiple of {least}, for the halvings of the first stage and the U-Net")
+    return model.shape[0], size // factor, size // factor
 
 
 def open_first_stage(run, args, device):
@@ -775,8 +838,12 @@ def draw(model, args, label, how):
         return grid(row, len(row), scale=3, gap=0), len(y), f"{args.text.replace(' ', '_')}.png"
     if args.grid:
         columns = args.n or 8
-        picture = label_grid(model, columns, args.seed, batch=batch, **how)
-        return picture, columns * (len(model.classes) + 1), "grid.png"
+        images = images_by_label(model, columns, args.seed, batch=batch, **how)
+        return draw_rows(images, model.classes), columns * (len(model.classes) + 1), "grid.png"
+    if args.scales:
+        columns = args.n or 8
+        count = columns * (len(model.classes) + 1) * len(args.scales)
+        return draw_scales(model, columns, args.seed, args.scales, batch=batch, **how), count, "scales.png"
     if args.gif:
         n = args.n or 32
         y = np.arange(n) % len(model.classes) if label is None else np.full(n, label)
@@ -789,7 +856,21 @@ def draw(model, args, label, how):
     if args.strip:
         return denoising_strip(model, y, seeds, **how), n, f"{name}_strip.png"
     images = generate(model, y, seeds, batch=batch, **how)
-    return grid(images, min(n, 8), scale=2), n, f"{name}.png"
+    return grid(images, min(n, 8), scale=max(1, 64 // images.shape[1])), n, f"{name}.png"
+
+
+def draw_scales(model, columns, seed, scales, **how):
+    """Figures 5.1 to 5.4 side by side, one grid a guidance scale, and what the scale does to colour and variety as a table."""
+    titles = [f"scale {scale:g}" for scale in scales]
+    pictures = []
+    print(f"{'':10}  colour distance  variety")
+    for scale, title in zip(scales, titles):
+        images = images_by_label(model, columns, seed, **how | {"scale": scale})
+        pictures.append(draw_rows(images, model.classes))
+        distances, labelled = colour_distance(images, model.classes), images[:-1]
+        distance = "-" if distances is None else f"{distances.mean():.1f}"
+        print(f"{title:10}  {distance:>15}  {variety(labelled).mean():7.1f}")
+    return side_by_side(pictures, titles)
 
 
 def best_device():

@@ -1,7 +1,8 @@
-"""Training: sections 3.5.4, 4.4.5, 4.4.7, 4.7 and 5.2 of the thesis.
+"""Training: sections 3.5.4, 4.4.5, 4.4.7, 4.5, 4.7 and 5.2 of the thesis.
 
     python train.py --stage letters                 the conditional pixel DDPM on 32 x 32 letters
     python train.py --stage vqgan                   the first stage: AE, VAE, VQ-VAE or VQ-GAN
+    python train.py --stage ldm                     the latent model, paintings by colour, on a first stage
     python train.py --stage classifier              a classifier of noised images, to guide the diffusion with
     python train.py --stage letters --resume        go on after an interruption, exactly where it stopped
 
@@ -12,19 +13,24 @@ previews. A run owns no random state: the rows, t, noise and dropped labels of u
 import argparse
 import contextlib
 import csv
+import hashlib
 import math
+import os
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
     UserError,
+    balanced_rows_of_update,
     bars,
     chart,
     embedded_letters,
@@ -43,16 +49,30 @@ from fid import kernel_distance_of_images, offline_features
 from ldm import (
     build_classifier,
     build_first_stage,
+    build_latent,
     build_letters,
+    fingerprint,
     load_model,
     load_perceptual,
     load_weights,
     published_losses,
     read_checkpoint,
     save_model,
+    space_of,
     write_checkpoint,
 )
-from sample import best_device, check_device, generate, gradient_energy, label_grid, load, psnr
+from sample import (
+    best_device,
+    check_device,
+    colour_distance,
+    draw_rows,
+    generate,
+    gradient_energy,
+    images_by_label,
+    load,
+    psnr,
+)
+from unet import ResBlock, SpatialTransformer
 from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -80,6 +100,7 @@ class Settings:
     multipliers: tuple | None = flag(None, "width of every level as a multiple of it", kind=int, nargs="+")
     ema: float | None = flag(None, "decay of the averaged weights, 0 = no averaging", kind=float)
     flip: bool = flag(False, "mirror half of the images")
+    balanced: bool = flag(False, "draw every label equally often, however few images it has")
     warmup: int = flag(100, "updates until the learning rate is reached")
     weight_decay: float = flag(0.01, "of AdamW")
     clip: float = flag(1.0, "largest gradient norm")
@@ -116,22 +137,24 @@ class Settings:
         if not 1 <= len(self.multipliers) <= 6 or min(self.multipliers) < 1:
             raise UserError("--multipliers: one to six positive numbers")
 
+    def check_levels(self):
+        if self.channels % self.groups:
+            raise UserError(f"--groups {self.groups}: must divide --channels {self.channels}")
+        if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels or ()):
+            raise UserError(f"--attention-levels: expected numbers from 0 to {len(self.multipliers) - 1}")
+
 
 @dataclass
-class Letters(Settings):
-    """`--stage letters`: the conditional DDPM on letters (4.4.5)."""
+class DiffusionSettings(Settings):
+    """What the stages have whose model generates images for labels."""
 
-    data: str | None = flag(None, "folder of class folders, or .npz (default: the embedded letters)", kind=str)
-    out: str = flag("runs/letters", "run folder", resume=True)
-    flip: bool = flag(False, "mirror half of the images, as in fig. 4.8 (makes letters wrong, E41)")
     predict: str | None = flag(
         None, "eps: the loss is L_simple, as in the thesis; v: learns labels faster", kind=str, choices=("eps", "v")
     )
-    blocks: int = flag(1, "residual blocks a level")
-    schedule: str = flag("linear", "noise schedule", choices=tuple(SCHEDULES))
-    T: int = flag(1000, "diffusion steps")
+    blocks: int | None = flag(None, "residual blocks a level", kind=int)
+    schedule: str | None = flag(None, "noise schedule", kind=str, choices=tuple(SCHEDULES))
+    T: int | None = flag(None, "diffusion steps", kind=int)
     p_uncond: float = flag(0.2, "share of labels replaced by the zero-label (4.4.3); 0 = no classifier-free training")
-
     kernel_distance: int = flag(0, "images generated at every preview to follow the kernel distance (5.4.1); 0 = none")
 
     POSITIVE = (*Settings.POSITIVE, "blocks", "T")
@@ -142,6 +165,21 @@ class Letters(Settings):
             raise UserError(f"--kernel-distance {self.kernel_distance}: must be 0 (none) or at least 3")
         if not 0 <= self.p_uncond <= 1:
             raise UserError(f"--p-uncond {self.p_uncond}: must be between 0 and 1")
+
+
+@dataclass
+class Letters(DiffusionSettings):
+    """`--stage letters`: the conditional DDPM on letters (4.4.5)."""
+
+    data: str | None = flag(None, "folder of class folders, or .npz (default: the embedded letters)", kind=str)
+    out: str = flag("runs/letters", "run folder", resume=True)
+    flip: bool = flag(False, "mirror half of the images, as in fig. 4.8 (makes letters wrong, E41)")
+    blocks: int = flag(1, "residual blocks a level")
+    schedule: str = flag("linear", "noise schedule", choices=tuple(SCHEDULES))
+    T: int = flag(1000, "diffusion steps")
+
+    def check(self):
+        super().check()
         if self.channels % 16:
             raise UserError(f"--channels {self.channels}: must be a multiple of 16")
 
@@ -156,7 +194,8 @@ class Classifier(Settings):
     blocks: int = flag(1, "residual blocks a level")
     weight_decay: float = flag(0.05, "of AdamW")
 
-    shape: tuple | None = None  # these three are those of --run
+    shape: tuple | None = None  # these are those of --run
+    space: str | None = None
     schedule: str | None = None
     T: int | None = None
 
@@ -166,8 +205,8 @@ class Classifier(Settings):
         if self.shape:
             return {}
         guided = load(self.run)
-        settings = guided.settings
-        return {"shape": guided.shape, "schedule": settings["schedule"], "T": settings["T"], "data": settings["data"]}
+        of_run = {name: guided.settings[name] for name in ("schedule", "T", "data")}
+        return of_run | {"shape": guided.shape, "space": space_of(guided)}
 
     def check(self):
         super().check()
@@ -229,10 +268,7 @@ class FirstStage(Settings):
         factor = 2 ** (len(self.multipliers) - 1)
         if not 0 < self.crop <= self.size or self.crop % factor:
             raise UserError(f"--crop {self.crop}: expected a multiple of {factor} (f), at most --size {self.size}")
-        if self.channels % self.groups:
-            raise UserError(f"--groups {self.groups}: must divide --channels {self.channels}")
-        if any(not 0 <= level < len(self.multipliers) for level in self.attention_levels):
-            raise UserError(f"--attention-levels: expected numbers from 0 to {len(self.multipliers) - 1}")
+        self.check_levels()
         if self.adversarial and self.crop >> self.disc_layers < 3:
             raise UserError(f"--disc-layers {self.disc_layers}: too many for images of {self.crop} pixels")
         if self.perceptual and self.crop < 16:
@@ -268,6 +304,63 @@ class FirstStage(Settings):
             print(f"no perceptual loss: {error}")
             return 0.0
         return 1.0
+
+
+@dataclass
+class Latent(DiffusionSettings):
+    """`--stage ldm`: the latent model (4.5) on a first stage."""
+
+    data: str | None = flag(None, "folder of paintings (default: painted here)", kind=str)
+    out: str = flag("runs/ldm", "run folder", resume=True)
+    first_stage: str | None = flag(
+        None, "run or model file of the first stage (default: runs/vqgan, where the small one is trained first)", kind=str
+    )
+    init: str | None = flag(
+        None, "start from a published class-conditional model.ckpt or a run; it sets the network and the first stage", kind=str
+    )
+    size: int | None = flag(None, "pixels that images are cropped and resized to (default: the first stage's)", kind=int)
+    lr: float | None = flag(
+        None, "peak learning rate of AdamW; no batch size multiplies it (published: 1e-6 an image, 6.4e-5 for 64)", kind=float
+    )
+    attention_levels: tuple | None = flag(
+        None, "levels with cross-attention, 0 = full resolution (default: all)", kind=int, nargs="+"
+    )
+    groups: int | None = flag(None, "of every normalisation", kind=int)
+    context_channels: int | None = flag(None, "width of the label embedding", kind=int)
+    latent_scale: float | None = flag(
+        None, "factor on the latents (default: small 1/std, thesis 1 as published, E54)", kind=float
+    )
+    checkpoint_activations: bool = flag(False, "compute activations again for the gradient: less memory", resume=True)
+    first_stage_settings: dict | None = None  # no flag: what the first stage's file says
+
+    NETWORK = (
+        *("channels", "multipliers", "blocks", "attention_levels", "groups", "context_channels"),
+        *("predict", "schedule", "T", "latent_scale"),
+    )
+    POSITIVE = (*DiffusionSettings.POSITIVE, "groups", "context_channels")
+
+    def check(self):
+        super().check()
+        self.check_levels()
+        if self.channels % 32:
+            raise UserError(f"--channels {self.channels}: must be a multiple of 32, the width of an attention head")
+        if self.latent_scale is not None and self.latent_scale <= 0:
+            raise UserError(f"--latent-scale {self.latent_scale}: must be more than 0")
+
+    def preset(self):
+        """The network of the model that --init names."""
+        if not self.init or self.first_stage_settings:
+            return {}
+        if self.first_stage:
+            raise UserError(f"--first-stage {self.first_stage}: --init {self.init} brings its own; leave the flag away")
+        model = load_model(self.init)
+        if model.stage != "ldm":
+            raise UserError(f"--init {self.init}: no latent model")
+        preset = {name: model.settings[name] for name in self.NETWORK}
+        for name, value in preset.items():
+            if getattr(self, name) not in (None, value):
+                raise UserError(f"{option(name)} {getattr(self, name)}: --init {self.init} has {value}; leave the flag away")
+        return preset
 
 
 SIZES = {
@@ -329,6 +422,37 @@ SIZES = {
             "groups": 32,
             "disc_channels": 64,
             "disc_layers": 2,
+        },
+    },
+    Latent: {
+        "small": {
+            "updates": 6000,
+            "batch": 32,
+            "lr": 1e-3,
+            "channels": 32,
+            "multipliers": (1, 2, 4),
+            "ema": 0.998,
+            "predict": "v",
+            "blocks": 1,
+            "schedule": "sqrt_linear",
+            "T": 1000,
+            "groups": 2,
+            "context_channels": 512,
+        },
+        "thesis": {
+            "updates": 88_000,
+            "batch": 64,
+            "lr": 6.4e-5,
+            "channels": 256,
+            "multipliers": (1, 2, 4),
+            "ema": 0.9999,
+            "predict": "eps",
+            "blocks": 2,
+            "schedule": "sqrt_linear",
+            "T": 1000,
+            "groups": 32,
+            "context_channels": 512,
+            "latent_scale": 1.0,
         },
     },
 }
@@ -412,7 +536,7 @@ def mixed_precision(settings):
 #   players()         (name, network, loss of update n, betas of AdamW) of everyone who trains; a loss of None skips the update
 #   figures           further numbers of the last update for the log, by column
 #   validate()        numbers for the log, "validation_loss" among them
-#   preview(path, final)   draws what the model can do, more of it at the end
+#   preview(path, final)   draws what the model can do, more of it at the end; returns numbers for the log
 #   compare()         numbers about generated images for the log, at every preview and at the end; only where `compares`
 #   state_dict()      what else a resumed run needs, load_state_dict() takes it back
 # ------------------------------------------------------------------------------------------------------------------
@@ -435,6 +559,7 @@ class Stage:
             raise UserError(f"{settings.data}: too few images to keep some for validation; two a class are the least")
         if settings.overfit:
             self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
+        self.train_labels = data.labels[self.train_rows]
         torch.manual_seed(settings.seed)
 
     def start(self):
@@ -442,6 +567,8 @@ class Stage:
 
     def rows(self, n):
         s = self.settings
+        if s.balanced:
+            return self.train_rows[balanced_rows_of_update(s.seed, n, s.batch, self.train_labels)]
         return self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
 
     def state_dict(self):
@@ -472,6 +599,45 @@ class DiffusionStage(Stage):
         """The guidance scale of previews: the one that the thesis chose."""
         return 2.0 if self.settings.p_uncond else 1.0
 
+    def players(self):
+        return [("train", self.model, self.loss, (0.9, 0.99))]
+
+    def loss(self, n):
+        """The loss of update n (3.5.4), with labels dropped as in 4.4.3: a function of (seed, n) and the weights alone."""
+        s = self.settings
+        draw = rng(s.seed, n, 2)
+        t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
+        noise = torch.randn((s.batch, *self.model.shape), generator=draw)
+        u, mirror = torch.rand((2, s.batch), generator=draw)
+        t, noise, u = (a.to(s.device, non_blocking=True) for a in (t, noise, u))
+        x, y = self.examples(self.rows(n), (mirror < 0.5) & s.flip)
+        return self.model.loss(x, drop_labels(y, self.model.zero_label, s.p_uncond, u), t, noise).mean()
+
+    @torch.no_grad()
+    def validate(self, most=1040, batch=65):
+        """The loss over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare."""
+        spread = np.linspace(0, len(self.validation_rows) - 1, min(most, len(self.validation_rows)))
+        rows = self.validation_rows[spread.astype(int)]
+        draw = rng(0, 0, 3)
+        t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
+        noise = torch.randn((len(rows), *self.model.shape), generator=draw)
+        total = 0.0
+        for i in range(0, len(rows), batch):
+            x, y = self.examples(rows[i : i + batch])
+            t_i, noise_i = (a[i : i + batch].to(x.device) for a in (t, noise))
+            total += self.model.loss(x, y, t_i, noise_i).sum().item()
+        return {"validation_loss": total / len(rows)}
+
+    def preview(self, path, final=False):
+        """One row a label, the zero-label last, at the scale the thesis chose; the distance from the colours asked for."""
+        columns, steps = (6, 50) if final else (4, 20)
+        steps = min(steps, self.settings.T)
+        images = images_by_label(self.model, columns, steps=steps, scale=self.scale, progress=False)
+        with whole_file(path) as temporary:
+            draw_rows(images, self.classes).save(temporary)
+        distances = colour_distance(images, self.classes)
+        return {} if distances is None else {"colour_distance": distances.mean().item()}
+
     def compare(self, steps=20):
         """5.4.1: the kernel distance of generated images from the validation images, over the features that need no download.
 
@@ -500,43 +666,134 @@ class LettersStage(DiffusionStage):
         if settings.compile:
             self.model.unet.compile()
 
-    def players(self):
-        return [("train", self.model, self.loss, (0.9, 0.99))]
+    def examples(self, rows, mirrored=None):
+        return pixel_examples(self.data, rows, mirrored, self.settings.device)
 
-    def loss(self, n):
-        """The loss of update n (3.5.4), with labels dropped as in 4.4.3: a function of (seed, n) and the weights alone."""
+
+def pixel_examples(data, rows, mirrored, device):
+    """x_0 and labels of the rows, x_0 of the mirrored image where `mirrored`, (B,), says so."""
+    x, y = data.batch(rows, device)
+    if mirrored is not None:
+        x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+    return x, y
+
+
+class LatentStage(DiffusionStage):
+    """The latent model (3.6, 4.5): the diffusion on latents of a frozen first stage, encoded once."""
+
+    Settings = Latent
+    next = "python sample.py --run {out} --grid"
+    columns = ("colour_distance",)
+
+    def __init__(self, settings):
+        s = settings
+        new = s.first_stage_settings is None  # a resumed run has everything in its checkpoint
+        if new:
+            source = load_model(s.init) if s.init else None
+            first_stage = source.first_stage if source else open_first_stage(s)
+            s.first_stage_settings = source.settings["first_stage_settings"] if source else first_stage.settings
+            s.size = s.size or s.first_stage_settings["size"]
+        factor = 2 ** (len(s.first_stage_settings["multipliers"]) - 1 + len(s.multipliers) - 1)
+        if s.size < 1 or s.size % factor:
+            raise UserError(f"--size {s.size}: expected a multiple of {factor}, halvings of the first stage and the U-Net")
+        super().__init__(s, open_paintings(s.data, s.size))
+        self.model = build_latent(asdict(s) | {"latent_scale": s.latent_scale or 1.0}, self.classes).to(s.device)
+        if new:
+            self.model.first_stage.load_state_dict(first_stage.state_dict())
+        if new and source:
+            self.model.unet.load_state_dict(source.unet.state_dict())
+            if len(source.classes) == len(self.classes):
+                self.model.context.load_state_dict(source.context.state_dict())
+            else:
+                print(f"{s.init} knows {len(source.classes)} labels: the table of these {len(self.classes)} is new")
+        if s.checkpoint_activations:
+            checkpoint_activations(self.model.unet)
+        if s.compile:
+            self.model.unet.compile()
+
+    def start(self):
+        self.encode()
+
+    def load_state_dict(self, state):
+        self.encode()
+
+    def encode(self):
+        """The latents, once the first stage has its weights, and their scale, which a resumed run keeps."""
         s = self.settings
-        draw = rng(s.seed, n, 2)
-        t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
-        noise = torch.randn((s.batch, *self.model.shape), generator=draw)
-        u, mirror = torch.rand((2, s.batch), generator=draw)
-        t, noise, u, mirror = (a.to(s.device, non_blocking=True) for a in (t, noise, u, mirror))
-        x, y = self.data.batch(self.rows(n), s.device)
-        if s.flip:
-            x = torch.where(mirror[:, None, None, None] < 0.5, x.flip(-1), x)
-        return self.model.loss(x, drop_labels(y, self.model.zero_label, s.p_uncond, u), t, noise).mean()
+        self.latents = encoded(self.data, self.model.first_stage, s.flip, s.device)
+        z = self.latents[self.train_rows, 0]
+        mean, deviation = z.mean(dtype=np.float64), z.std(dtype=np.float64)
+        s.latent_scale = self.model.latent_scale = s.latent_scale or float(1 / deviation)
+        size = " x ".join(map(str, z.shape[1:]))
+        print(f"latents {size}: mean {mean:.3f}, standard deviation {deviation:.3f}, scaled by {s.latent_scale:.3f}")
 
-    @torch.no_grad()
-    def validate(self, most=1040, batch=260):
-        """The loss over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare."""
-        spread = np.linspace(0, len(self.validation_rows) - 1, min(most, len(self.validation_rows)))
-        rows = self.validation_rows[spread.astype(int)]
-        draw = rng(0, 0, 3)
-        t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
-        noise = torch.randn((len(rows), *self.model.shape), generator=draw)
-        total = 0.0
-        for i in range(0, len(rows), batch):
-            x, y = self.data.batch(rows[i : i + batch], self.settings.device)
-            t_i, noise_i = (a[i : i + batch].to(x.device) for a in (t, noise))
-            total += self.model.loss(x, y, t_i, noise_i).sum().item()
-        return {"validation_loss": total / len(rows)}
+    def examples(self, rows, mirrored=None):
+        x, y = latent_examples(self.latents, self.data.labels, rows, mirrored, self.settings.device)
+        return self.model.latent_scale * x, y
 
-    def preview(self, path, final=False):
-        """One row a label, the zero-label last, at the scale the thesis chose."""
-        columns, steps = (6, 50) if final else (4, 20)
-        picture = label_grid(self.model, columns, steps=min(steps, self.settings.T), scale=self.scale, progress=False)
-        with whole_file(path) as temporary:
-            picture.save(temporary)
+
+def latent_examples(latents, labels, rows, mirrored, device):
+    """Latents as `encoded` wrote them and labels of the rows, of the mirrored image where `mirrored`, (B,), says so."""
+    z = latents[rows, 0 if mirrored is None else mirrored.long().numpy()]
+    return (torch.from_numpy(a).to(device, non_blocking=True) for a in (z, labels[rows]))
+
+
+def open_first_stage(settings):
+    """The first stage for a new latent model: the one that was named, else that in runs/vqgan, trained before if need be."""
+    s, run = settings, Path(settings.first_stage or FirstStage.out)
+    if not s.first_stage and not finished(run):
+        print(f"no --first-stage, and no finished one in {run}: training the small one first")
+        typed = {name: getattr(s, name) for name in ("data", "size", "device") if getattr(s, name) is not None}
+        resume = (run / "checkpoint.pt").exists()
+        train("vqgan", {} if resume else typed | {"model": "small"}, resume)
+    file = run / "best.pt" if (run / "best.pt").exists() else run
+    model = load_model(file)
+    if model.stage != "vqgan":
+        raise UserError(f"--first-stage {file}: no first stage; python train.py --stage vqgan makes one")
+    if model.update < model.settings["quantise_from"]:
+        raise UserError(f"--first-stage {file}: saved at update {model.update}, before its code-book joined; train it further")
+    print(f"first stage: {file}")
+    return model
+
+
+def finished(run):
+    """Whether the run in this folder made all its updates, or left nothing to go on with."""
+    if not (run / "model.pt").exists():
+        return False
+    content = read_checkpoint(run / "model.pt", {"settings", "update"})
+    return content["update"] >= content["settings"]["updates"] or not (run / "checkpoint.pt").exists()
+
+
+@torch.no_grad()
+def encoded(data, first_stage, flip, device, batch=16):
+    """4.4.7: the latents of all images of a packed set, (N, 1 or 2, C, h, w) float32; with `flip` the second of the two is
+    that of the mirrored image.
+
+    They are encoded once, into the folder of the set (the user's cache where that is read-only), under a name made from all
+    that they depend on: network and weights of the first stage, the set, and flip. Older files there may be deleted.
+    """
+    folder = Path(data.images.filename).parent
+    digest, file = hashlib.sha256((folder / "set.json").read_bytes()), (folder / "images.npy").stat()
+    digest.update(f"{file.st_size} {file.st_mtime_ns} {flip} {fingerprint(first_stage)}".encode())
+    cache = folder if os.access(folder, os.W_OK) else Path.home() / ".cache" / "color-diffusion"
+    path = cache / f"latents-{digest.hexdigest()[:16]}.npy"
+    if not path.exists():
+        h, w = (side // first_stage.factor for side in data.images.shape[1:3])
+        shape = (len(data.images), 1 + flip, first_stage.z_channels, h, w)
+        with whole_file(path) as temporary, temporary.open("wb") as out:
+            np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for i in tqdm(range(0, len(data.images), batch), desc="encoding", unit="batch", disable=None):
+                x, _ = data.batch(np.arange(i, min(i + batch, len(data.images))), device)
+                z = torch.stack([first_stage.encode(x) for x in (x, x.flip(-1))[: 1 + flip]], dim=1)
+                out.write(z.float().cpu().numpy().tobytes())
+    return np.load(path, mmap_mode="r")
+
+
+def checkpoint_activations(unet):
+    """Keep only what goes into every block of the U-Net; what happens inside is computed again when the gradient needs it."""
+    for module in unet.modules():
+        if isinstance(module, ResBlock | SpatialTransformer):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 class ClassifierStage(Stage):
@@ -549,14 +806,24 @@ class ClassifierStage(Stage):
     picture = "accuracy.png"
 
     def __init__(self, settings):
-        super().__init__(settings, open_letters(settings.data))
-        self.model = build_classifier(asdict(settings), self.classes).to(settings.device)
-        if settings.compile:
+        s, guided = settings, load(settings.run)
+        if space_of(guided) != s.space:
+            raise UserError(f"{s.run}: no longer the model that this run began with")
+        latent = guided.stage == "ldm"
+        super().__init__(s, open_paintings(s.data, guided.settings["size"]) if latent else open_letters(s.data))
+        if latent:
+            self.latents = encoded(self.data, guided.first_stage.to(s.device), s.flip, s.device)
+            self.latent_scale = guided.latent_scale
+        self.model = build_classifier(asdict(s), self.classes).to(s.device)
+        if s.compile:
             self.model.network.compile()
 
-    def batch(self, rows):
-        """Images in the space of the diffusion and their labels."""
-        return self.data.batch(rows, self.settings.device)
+    def examples(self, rows, mirrored=None):
+        """x_0 in the space of the diffusion and labels of the rows, see `pixel_examples` and `latent_examples`."""
+        if self.settings.space == "pixels":
+            return pixel_examples(self.data, rows, mirrored, self.settings.device)
+        x, y = latent_examples(self.latents, self.data.labels, rows, mirrored, self.settings.device)
+        return self.latent_scale * x, y
 
     def players(self):
         return [("train", self.model, self.loss, (0.9, 0.99))]
@@ -567,7 +834,8 @@ class ClassifierStage(Stage):
         draw = rng(s.seed, n, 2)
         t = torch.randint(1, s.T + 1, (s.batch,), generator=draw).to(s.device, non_blocking=True)
         noise = torch.randn((s.batch, *s.shape), generator=draw).to(s.device, non_blocking=True)
-        return self.model.loss(*self.batch(self.rows(n)), t, noise).mean()
+        mirrored = (torch.rand(s.batch, generator=draw) < 0.5) & s.flip
+        return self.model.loss(*self.examples(self.rows(n), mirrored), t, noise).mean()
 
     @torch.no_grad()
     def by_noise_level(self, rows, most=260, batch=260):
@@ -578,7 +846,7 @@ class ClassifierStage(Stage):
         for t in dict.fromkeys(max(1, s.T * i // 10) for i in range(11)):
             loss, correct = 0.0, 0
             for i in range(0, len(rows), batch):
-                x, y = self.batch(rows[i : i + batch])
+                x, y = self.examples(rows[i : i + batch])
                 log_f = self.model.log_f(self.model.diffusion.q_sample(x, t, noise[i : i + batch].to(x.device)), t)
                 loss -= log_f.gather(1, y[:, None]).sum().item()
                 correct += (log_f.argmax(1) == y).sum().item()
@@ -601,6 +869,7 @@ class ClassifierStage(Stage):
             lines = [f"{'t':>5}" + "".join(f"{name:>20}" for name in tables)]
             lines += [f"{of_t[0][0]:5}" + "".join(f"{100 * a:18.1f} %" for _, _, a in of_t) for of_t in zip(*tables.values())]
             print("\n".join(lines))
+        return {}
 
 
 class AutoencoderStage(Stage):
@@ -624,7 +893,9 @@ class AutoencoderStage(Stage):
         self.counts = torch.zeros(s.codes, dtype=torch.long, device=device)  # of the codes, since the epoch began
         self.best_from = 1 + max(s.disc_start if s.adversarial else 0, s.quantise_from if s.bottleneck == "vq" else 0)
         if s.compile:
-            self.model.compile()
+            net = self.model
+            for part in (net.encoder, net.decoder.mid, *net.decoder.up):  # not the last layer: lambda keeps its graph
+                part.compile()
 
     def start(self):
         """Weights to start from (4.4.7, fine-tuning)."""
@@ -741,6 +1012,7 @@ class AutoencoderStage(Stage):
         picture = grid(to_uint8(pairs.flatten(0, 2)), columns, ["x", "x_r"] * 2, scale=max(1, 128 // x.shape[-1]))
         with whole_file(path) as temporary:
             picture.save(temporary)
+        return {}
 
     def state_dict(self):
         return {"counts": self.counts}
@@ -759,7 +1031,7 @@ def frozen(network):
         network.requires_grad_(True)
 
 
-STAGES = {"letters": LettersStage, "classifier": ClassifierStage, "vqgan": AutoencoderStage}
+STAGES = {"letters": LettersStage, "vqgan": AutoencoderStage, "ldm": LatentStage, "classifier": ClassifierStage}
 
 # ------------------------------------------------------------------------------------------------------------------
 # Averaged weights, learning rate, log
@@ -767,14 +1039,14 @@ STAGES = {"letters": LettersStage, "classifier": ClassifierStage, "vqgan": Autoe
 
 
 class EMA:
-    """5.2: a running average of the parameters, and of nothing else; decay min(decay, (1 + n)/(10 + n)) after update n.
+    """5.2: a running average of what is trained, and of nothing else; decay min(decay, (1 + n)/(10 + n)) after update n.
 
     Averaging runs alongside training and does not train (E62).
     """
 
     def __init__(self, model, decay):
         self.decay = decay
-        self.names, self.parameters = zip(*model.named_parameters())
+        self.names, self.parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
         self.average = [p.detach().clone() for p in self.parameters]
 
     def update(self, n):
@@ -871,8 +1143,11 @@ class Interruption:
 
     def __init__(self):
         self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def __call__(self, number, frame):
         self.signal = number
@@ -897,9 +1172,10 @@ def train(stage_name, typed, resume):
     stage = Stage(settings)
     model = stage.model
     players = stage.players()  # one, or an auto-encoder and then its adversary
+    trained = [[p for p in network.parameters() if p.requires_grad] for _, network, *_ in players]
     optimizers = [
-        torch.optim.AdamW(network.parameters(), settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
-        for _, network, _, betas in players
+        torch.optim.AdamW(parameters, settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
+        for parameters, (*_, betas) in zip(trained, players)
     ]
     start, run, before, best = 0, 1, 0.0, math.inf
     if not saved:
@@ -914,7 +1190,7 @@ def train(stage_name, typed, resume):
         start, run, before, best = saved["update"], saved["run"] + 1, saved["seconds"], saved["best"]
 
     epoch = len(stage.train_rows) / settings.batch  # updates
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    size = sum(p.numel() for p in trained[0]) / 1e6
     print(f"{size:.1f}M parameters; {settings.updates:,} updates of {settings.batch}, {settings.updates / epoch:.1f} epochs")
     log, means = Log(out / "log.csv", run, start, stage.columns), Means()
     autocast = mixed_precision(settings)
@@ -923,14 +1199,14 @@ def train(stage_name, typed, resume):
     bar = tqdm(total=settings.updates, initial=start, unit="update", smoothing=0.05, disable=None)
 
     for n in range(start, settings.updates):
-        for (name, network, loss_of, _), optimizer in zip(players, optimizers):
+        for (name, _, loss_of, _), parameters, optimizer in zip(players, trained, optimizers):
             optimizer.param_groups[0]["lr"] = learning_rate(settings, n)
             with autocast:
                 loss = loss_of(n)
             if loss is None:
                 continue
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             optimizer.zero_grad()
             means.add({f"{name}_loss": loss, f"{name}_grad_norm": norm})
@@ -943,8 +1219,8 @@ def train(stage_name, typed, resume):
         last = done == settings.updates or stopping
         save = last or done % settings.save_every == 0
         validate = not stopping and (last or done % settings.validate_every == 0)
-        compare = stage.compares and not stopping and (last or done % settings.preview_every == 0)
-        if not (save or validate or compare or done % 10 == 0):
+        preview = not stopping and (last or done % settings.preview_every == 0)
+        if not (save or validate or preview or done % 10 == 0):
             continue
         row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n), **means.take()}
         if not all(map(math.isfinite, row.values())):
@@ -960,13 +1236,12 @@ def train(stage_name, typed, resume):
                 row |= stage.validate()
                 with ema.averaged():
                     row |= {f"{name}_ema": value for name, value in stage.validate().items()}
-            if done % settings.preview_every == 0 and not last:
+            if preview and not last:
                 stage.preview(out / f"preview_{done:06d}_raw.png")
+            if preview:
                 with ema.averaged():
-                    stage.preview(out / f"preview_{done:06d}.png")
-            if compare:
-                with ema.averaged():
-                    row |= stage.compare()
+                    row |= stage.preview(out / (stage.picture if last else f"preview_{done:06d}.png"), final=last)
+                    row |= stage.compare() if stage.compares else {}
         seconds = time.perf_counter() - clock
         log.write({"run": run, "seconds": seconds, **row})
         weights = {"raw": model.state_dict(), "ema": model.state_dict() | ema.state_dict()}
@@ -986,8 +1261,7 @@ def train(stage_name, typed, resume):
             sys.exit(128 + stopping)
 
     bar.close()
-    with autocast, ema.averaged():
-        stage.preview(out / stage.picture, final=True)
+    stop.end()
     print(f"{out / stage.picture} shows what the model can do; next: {stage.next.format(out=out)}")
 
 

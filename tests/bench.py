@@ -4,6 +4,7 @@ training     images/s of the letters model, in float32 and bf16
 sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it
 solvers      error against evaluations on a Gaussian mixture, letters recognised against steps -> assets/solvers.png
 guidance     letters recognised and their variety against the scale, both guidances -> assets/guidance.png
+latent       the thesis's 400M model: one update at batch 1, one 256 x 256 picture; seconds and peak memory
 packing      opening a packed set of 400,000 images
 first-stage  nearest of 16384 codes against the plain distance matrix; encode + decode at the published size; peak memory
 paintings    packing 512 px JPEGs at 256 against a loop of plain Pillow, sRGB -> LAB, the painter; one process each
@@ -28,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (
     ALPHABET,
     ASSETS,
+    COLOURS,
     bars,
     chart,
     crop_and_resize,
@@ -51,9 +53,9 @@ from fid import (
     measure,
     paintings_features,
 )
-from ldm import PixelDiffusion
+from ldm import PixelDiffusion, build_latent
 from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps
-from train import SIZES, Letters
+from train import EMA, SIZES, FirstStage, Latent, Letters, checkpoint_activations
 from unet import letters_unet
 from vqgan import VQGAN, nearest_code
 
@@ -405,11 +407,55 @@ def bench_paintings(count=48):
     )
 
 
+def bench_latent():
+    """The thesis's 400M model: one training update, and one picture from end to end, at random weights."""
+    for name, bf16, again in (("float32", False, False), ("bf16", True, False), ("bf16, --checkpoint-activations", True, True)):
+        mib, taken = in_new_process(latent_update, bf16, again)
+        print(f"latent, an update of 394,984,196 parameters at batch 1, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB")
+    for name, bf16 in (("float32", False), ("bf16", True)):
+        mib, taken = in_new_process(latent_picture, bf16)
+        print(f"latent, one 256 x 256 picture, PLMS-50, scale 2, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB")
+
+
+def latent_model():
+    first_stage = SIZES[FirstStage]["thesis"] | {"beta": 0.25, "released": False}
+    settings = SIZES[Latent]["thesis"] | {"size": 256, "first_stage_settings": first_stage, "attention_levels": None}
+    return build_latent(settings, list(COLOURS))
+
+
+def latent_update(bf16, again):
+    """Peak memory in MiB, and seconds of the second update: forward, backward, clipping, AdamW, averaging."""
+    model = latent_model()
+    if again:
+        checkpoint_activations(model.unet)
+    ema = EMA(model, 0.9999)
+    optimizer = torch.optim.AdamW(ema.parameters, 6.4e-5, fused=True)
+    z, noise, y, t = torch.randn(1, *model.shape), torch.randn(1, *model.shape), torch.tensor([2]), torch.tensor([500])
+    for n in range(2):
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model.loss(z, y, t, noise).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(ema.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(n)
+    return peak_memory(), time.perf_counter() - start
+
+
+def latent_picture(bf16):
+    model = latent_model().eval()
+    start = time.perf_counter()
+    generate(model, [2], steps=50, scale=2.0, bf16=bf16, progress=False)
+    return peak_memory(), time.perf_counter() - start
+
+
 BENCHES = {
     "training": bench_training,
     "sampling": bench_sampling,
     "solvers": bench_solvers,
     "guidance": bench_guidance,
+    "latent": bench_latent,
     "packing": bench_opening,
     "first-stage": bench_first_stage,
     "paintings": bench_paintings,

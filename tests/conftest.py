@@ -1,8 +1,12 @@
-"""Helpers: run a program of the project in this process as a user would, and a tiny untrained model on disk."""
+"""Helpers: run a program of the project in this process as a user would, a tiny untrained model on disk, golden weights,
+files in the published form."""
 
 import signal
 import sys
+import types
+import zlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,3 +68,48 @@ def make_tiny_model(path, **changes):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("run") / "model.pt")
+
+
+def standard_normal(name, shape):
+    """The numbers that the golden outputs were made with: a function of the name alone."""
+    return torch.from_numpy(np.asarray(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))))
+
+
+def fill_(module, prefix):
+    """Every parameter from its own name, as the golden outputs were made."""
+    module.double()
+    for name, p in module.named_parameters():
+        z = standard_normal(prefix + name, p.shape)
+        one = 0.05 * z + name.endswith("weight")  # scales of norms near 1, biases near 0
+        p.data.copy_(z / np.sqrt(np.prod(p.shape[1:])) if p.ndim >= 2 else one)
+    return module
+
+
+class ModelCheckpoint:  # stands for Lightning's class of that name
+    pass
+
+
+ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def lightning_file(path, state, **more):
+    """A state dict in a file like the published ones, with Lightning's names in it."""
+    content = {
+        "epoch": 3,
+        "global_step": 1000,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": state,
+        "callbacks": {ModelCheckpoint: {"monitor": "val/rec_loss", "best_model_score": np.float64(0.5), "current_score": None}},
+        "optimizer_states": [],
+        **more,
+    }
+    names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
+    modules = {name: types.ModuleType(name) for name in names}
+    modules[names[-1]].ModelCheckpoint = ModelCheckpoint
+    sys.modules.update(modules)
+    try:
+        torch.save(content, path)
+    finally:
+        for name in names:
+            del sys.modules[name]
+    return path

@@ -15,7 +15,7 @@ ROOMS = {
     "ldm": {"data", "ddpm", "unet", "vqgan"},
     "fid": {"data", "unet"},
     "sample": {"data", "ddpm", "ldm"},
-    "train": {"data", "ddpm", "fid", "ldm", "sample", "vqgan"},
+    "train": {"data", "ddpm", "fid", "ldm", "sample", "unet", "vqgan"},
 }
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "scipy"}
 

@@ -473,6 +473,7 @@ def test_another_program_asks_by_name_or_number(tiny_model):
 
 def test_bf16_and_classifier_guidance_through_the_command_line(run, refused, tiny_model, tmp_path):
     settings = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "shape": (3, 32, 32), "schedule": "linear", "T": 1000}
+    settings["space"] = "pixels"
     for name, changes in (("guide", {}), ("other", {"schedule": "cosine"})):
         classifier = build_classifier(settings | changes, ALPHABET)
         save_model(tmp_path / f"{name}.pt", "classifier", settings | changes, ALPHABET, 0, {"ema": classifier.state_dict()})

@@ -1,13 +1,30 @@
-"""Sections 3.5.5, 4.3 and 4.4.5: time and label embedding, linear attention, the U-Net."""
+"""Sections 3.5.5, 4.3, 4.4.4, 4.4.5 and 4.5.1: time and label embedding, both kinds of attention, the U-Net."""
 
+import hashlib
 import math
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fill_, standard_normal
 
-from unet import LinearAttention, ResBlock, UNet, letters_unet, linear_attention, noisy_classifier, timestep_embedding
+from unet import (
+    GEGLU,
+    CrossAttention,
+    LinearAttention,
+    ResBlock,
+    SpatialTransformer,
+    TransformerBlock,
+    UNet,
+    latent_unet,
+    letters_unet,
+    linear_attention,
+    noisy_classifier,
+    timestep_embedding,
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -153,33 +170,76 @@ def test_attention_stands_right_before_every_down_and_up_sampling():
     assert len(ups) == 3 and all(layers[-2] == "LinearAttention" for layers in ups)
 
 
-class Nowhere(torch.nn.Module):
-    """Stands where an attention layer goes."""
-
-    def __init__(self, channels):
-        super().__init__()
-
-    def forward(self, x, emb, context):
-        return x
+# ---------------------------------------------------------------------------------------------------- 4.4.4, 4.5.1
 
 
-def test_published_backbone():
-    """All that is not attention in the published latent U-Net, 256 channels x (1, 2, 4), two blocks: names and count."""
+def test_cross_attention_is_softmax_over_the_tokens():
+    """softmax(Q K^T / sqrt(d)) V for each head, head after head along the channels."""
+    layer, x, context = CrossAttention(8, 6, heads=2).double(), randn(2, 5, 8), randn(2, 3, 6, seed=1)
+    q, k, v = layer.to_q(x), layer.to_k(context), layer.to_v(context)
+    heads = []
+    for part in (slice(0, 4), slice(4, 8)):
+        weight = torch.softmax(q[..., part] @ k[..., part].transpose(1, 2) / 4**0.5, dim=-1)  # (B, N, n)
+        heads.append(weight @ v[..., part])
+    torch.testing.assert_close(layer(x, context), layer.to_out(torch.cat(heads, dim=-1)))
+    plain = CrossAttention(8, 8, heads=2).double()
+    torch.testing.assert_close(plain(x), plain(x, x))  # without a context: self-attention
+
+
+def test_e52_one_token_conditions_without_attending():
+    """The softmax runs over a single key: the output is W_o W_v c at every position whatever the queries, and to_q, to_k and
+    the norm before to_q never train. With three tokens they do."""
+    x, one, three = randn(2, 8, 4, 4), randn(2, 1, 6, seed=1), randn(2, 3, 6, seed=2)
+    layer = fill_(SpatialTransformer(8, 6, head_channels=4, groups=4), "")
+    attention = layer.transformer_blocks[0].attn2
+    tokens = x.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(attention(tokens, one), attention.to_out(attention.to_v(one)).expand_as(tokens))
+    assert (attention(tokens, three) - attention(tokens.flip(1), three)).abs().max() > 1e-3
+    idle = ("attn2.to_q.weight", "attn2.to_k.weight", "norm2.weight", "norm2.bias")
+    for context in (one, three):
+        layer.zero_grad()
+        layer(x, None, context).square().sum().backward()
+        for name, p in layer.named_parameters():
+            assert (p.grad.abs().max() > 1e-12) == (context is three or not name.endswith(idle)), name
+
+
+def test_feed_forward_gates_with_its_second_half():
+    layer, x = GEGLU(3, 5).double(), randn(2, 3)
+    value, gate = layer.proj(x)[:, :5], layer.proj(x)[:, 5:]
+    torch.testing.assert_close(layer(x), value * gate * 0.5 * (1 + torch.erf(gate / 2**0.5)))
+
+
+def test_heads_double_with_the_width():
     with torch.device("meta"):
-        unet = UNet(4, 4, 256, (1, 2, 4), 2, Nowhere)
-    state = unet.state_dict()
-    assert (len(state), sum(p.numel() for p in state.values())) == (210, 225_953_796)
-    for name, shape in {
-        "time_embed.2.bias": (1024,),
-        "input_blocks.0.0.weight": (256, 4, 3, 3),
-        "input_blocks.3.0.op.weight": (256, 256, 3, 3),
-        "input_blocks.4.0.skip_connection.weight": (512, 256, 1, 1),
-        "middle_block.2.emb_layers.1.weight": (1024, 1024),
-        "output_blocks.2.2.conv.weight": (1024, 1024, 3, 3),
-        "output_blocks.8.0.in_layers.2.weight": (256, 512, 3, 3),
-        "out.2.weight": (4, 256, 3, 3),
-    }.items():
-        assert tuple(state[name].shape) == shape
+        unet = latent_unet(256, (1, 2, 4), 2, 4, 512)
+    heads = [block.attn2.heads for block in unet.modules() if isinstance(block, TransformerBlock)]
+    assert heads == [8, 8, 16, 16, 32, 32] + [32] + [32, 32, 32, 16, 16, 16, 8, 8, 8]
+
+
+def test_latent_unet_has_the_published_names_and_shapes():
+    """E55: 394,984,196 parameters in 626 entries; the digest is of the published file's sorted "name shape" lines."""
+    with torch.device("meta"):
+        unet = latent_unet(256, (1, 2, 4), 2, 4, 512)
+    lines = sorted(f"{name} {tuple(value.shape)}" for name, value in unet.state_dict().items())
+    assert (len(lines), sum(p.numel() for p in unet.parameters())) == (626, 394_984_196)
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    assert digest == "98b4f0d7f92faead58b5bfed6bfa612e4e24089f3843914b4c6fbca8ac9c0e55"
+
+
+@pytest.mark.parametrize("context, eps", [("context", "eps"), ("context3", "eps3")])
+def test_outputs_equal_those_of_the_published_code(context, eps):
+    """One token, then three; float64."""
+    with np.load(Path(__file__).parent / "golden" / "unet.npz") as file:
+        golden = {name: torch.from_numpy(file[name]) for name in file.files}
+    unet = UNet(4, 4, 32, (1, 2, 4), 2, partial(SpatialTransformer, context_channels=16, head_channels=8))
+    fill_(unet, "model.diffusion_model.")
+    x = standard_normal("input:unet.x", (4, 4, 8, 8))[[1, 3]]
+    with torch.no_grad():
+        out = unet(x, golden["t"], context=golden[context])
+    torch.testing.assert_close(out, golden[eps], rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------- 4.4.2
 
 
 def test_4_4_2_the_classifier_is_the_way_down_of_the_unet():

@@ -3,9 +3,6 @@
 import ast
 import os
 import pickle
-import sys
-import types
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fill_, lightning_file, standard_normal
 from PIL import Image
 
 import ldm
@@ -191,23 +189,12 @@ def test_code_use():
 # ---------------------------------------------------------------------------------------------------- the model
 
 
-def fill_(module, prefix):
-    """Every parameter from its own name, as the golden outputs were made."""
-    module.double()
-    for name, p in module.named_parameters():
-        z = np.random.RandomState(zlib.crc32((prefix + name).encode())).standard_normal(tuple(p.shape))
-        one = 0.05 * z + name.endswith("weight")  # scales of norms near 1, biases near 0
-        z = z / np.sqrt(np.prod(p.shape[1:])) if p.ndim >= 2 else one
-        p.data.copy_(torch.from_numpy(z))
-    return module
-
-
 @pytest.fixture(scope="module")
 def golden():
     """The first of two images, its latent and its reconstruction (every fourth pixel), from the published code in float64."""
-    noise = np.random.RandomState(zlib.crc32(b"input:vq.x")).standard_normal((2, 3, 64, 64))
+    x = (standard_normal("input:vq.x", (2, 3, 64, 64))[:1] / 2).clamp(-1, 1)
     with np.load(Path(__file__).parent / "golden" / "vq.npz") as file:
-        return {"x": torch.from_numpy(noise[:1] / 2).clamp(-1, 1)} | {name: torch.from_numpy(file[name]) for name in file.files}
+        return {"x": x} | {name: torch.from_numpy(file[name]) for name in file.files}
 
 
 def test_outputs_equal_those_of_the_published_code(golden):
@@ -603,36 +590,11 @@ def test_bad_arguments(refused, folder, tmp_path, arguments, message):
 # ---------------------------------------------------------------------------------------------------- published files
 
 
-class ModelCheckpoint:  # stands for Lightning's class of that name
-    pass
-
-
-ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
-
-
-def lightning_file(path, model, **more):
-    """A file in the form of the published ones: Lightning's names in it, and networks of the loss beside the model."""
+def published_file(path, model, **more):
+    """A file in the form of the published ones, with networks of the loss beside the model."""
     state = OrderedDict(model.state_dict())
     state |= {f"loss.discriminator.{name}": value for name, value in PatchDiscriminator(8).state_dict().items()}
-    content = {
-        "epoch": 3,
-        "global_step": 1000,
-        "pytorch-lightning_version": "1.4.2",
-        "state_dict": state,
-        "callbacks": {ModelCheckpoint: {"monitor": "val/rec_loss", "best_model_score": np.float64(0.5), "current_score": None}},
-        "optimizer_states": [],
-        **more,
-    }
-    names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
-    modules = {name: types.ModuleType(name) for name in names}
-    modules[names[-1]].ModelCheckpoint = ModelCheckpoint
-    sys.modules.update(modules)
-    try:
-        torch.save(content, path)
-    finally:
-        for name in names:
-            del sys.modules[name]
-    return path
+    return lightning_file(path, state, **more)
 
 
 def published(bottleneck, seed=0):
@@ -643,7 +605,7 @@ def published(bottleneck, seed=0):
 @pytest.mark.parametrize("bottleneck", [Codebook(24, 4), GaussianBottleneck(), NoBottleneck()])
 def test_a_published_file_opens_without_lightning_and_without_settings(tmp_path, bottleneck):
     model = published(bottleneck).eval()
-    path = lightning_file(tmp_path / "model.ckpt", model)
+    path = published_file(tmp_path / "model.ckpt", model)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)  # plain torch does not open it
     opened = load_model(path)
@@ -659,7 +621,7 @@ class Malice:
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path):
-    path = lightning_file(tmp_path / "model.ckpt", published(Codebook(24, 4)), hyper_parameters=Malice())
+    path = published_file(tmp_path / "model.ckpt", published(Codebook(24, 4)), hyper_parameters=Malice())
     with pytest.raises(UserError, match=r"refused, it asks to run (posix|nt).system; only tensors are read"):
         load_model(path)
 
@@ -683,7 +645,7 @@ def test_a_file_that_does_not_fit_says_how(tmp_path):
 def test_training_starts_from_a_published_file(refused, folder, tmp_path, bottleneck):
     """4.4.7, fine-tuning: --init sets the network and its weights, the adversary's too; a flag that disagrees is refused."""
     model = published(bottleneck)
-    path = lightning_file(tmp_path / "model.ckpt", model)
+    path = published_file(tmp_path / "model.ckpt", model)
     settings = FirstStage(
         data=str(folder),
         init=str(path),
@@ -709,7 +671,7 @@ def test_training_starts_from_a_published_file(refused, folder, tmp_path, bottle
 
 
 def test_a_run_that_fine_tunes_resumes_without_the_file_it_began_with(run, folder, tmp_path):
-    path = lightning_file(tmp_path / "model.ckpt", published(Codebook(24, 4)))
+    path = published_file(tmp_path / "model.ckpt", published(Codebook(24, 4)))
     common = ("--stage", "vqgan", "--device", "cpu", "--out", tmp_path / "run")
     size = ("--precision", "float32", "--size", 16, "--batch", 2, "--updates", 2, "--perceptual", 0)
     code, _, err = run("train", *common, *size, "--init", path, "--data", folder)
