@@ -1,6 +1,7 @@
 """Sections 3.6, 4.4.4, 4.4.7 and 4.5: the latent model, its stage in train.py, published files, and what sample.py draws."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -36,6 +37,7 @@ FIRST = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": 
 FIRST |= {"bottleneck": "vq", "codes": 16, "beta": 0.25, "released": False, "size": 16, "quantise_from": 0, "updates": 1}
 TINY = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention_levels": None, "groups": 2, "context_channels": 12}
 TINY |= {"schedule": "sqrt_linear", "T": 1000, "predict": "eps", "latent_scale": 0.5, "size": 16, "p_uncond": 0.2}
+TINY |= {"guide_above": 0.0}
 TINY |= {"first_stage_settings": FIRST}
 COLOUR_NAMES = list(COLOURS)
 
@@ -363,6 +365,7 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(run, refuse
         (("--attention-levels", 2), "--attention-levels: expected numbers from 0 to 1"),
         (("--size", 18), "--size 18: expected a multiple of 4"),
         (("--latent-scale", 0), "--latent-scale 0.0: must be more than 0"),
+        (("--guide-above", -1), "--guide-above -1: must be 0 (guide always) or more"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be between 0 and 1"),
         (("--init", "a.ckpt"), "--init a.ckpt brings its own; leave the flag away"),
     ],
@@ -555,6 +558,24 @@ def test_5_3_1_scales_side_by_side(run, refused, undisturbed, tmp_path):
     assert lines[2].split() == ["scale", "5", f"{distance:.1f}", f"{spread:.1f}"]
     assert Image.open(out).size[1] == 9 * 18 + 2 + 24
     assert "needs --n 2 or more" in refused("sample", *common, "--scales", 1, "--n", 1)
+
+
+def test_the_small_model_guides_where_the_noise_is_strong_and_says_so(run, refused, undisturbed, cin, tmp_path):
+    """The model's own --guide-above is the default of all that draws, and is recorded; published models always guide."""
+    model, out = load_model(undisturbed), tmp_path / "set"
+    assert (model.guide_above, load_model(cin).guide_above, SIZES[Latent]["thesis"]["guide_above"]) == (8, 0, 0)
+
+    def images(**how):
+        return generate(model, [0, 1], steps=4, scale=15.0, progress=False, **how)
+
+    assert np.array_equal(images(), images(guide_above=8.0)) and not np.array_equal(images(), images(guide_above=0.0))
+    common = ("--run", undisturbed, "--steps", 2, "--label", 0)
+    for more, value in ((), 8.0), (("--guide-above", 0), 0.0):
+        code, _, err = run("sample", *common, "--per-label", 1, "--out", out / str(value), *more)
+        assert code == 0, err
+        assert json.loads((out / str(value) / "settings.json").read_text())["guide_above"] == value
+    assert "must be 0 (guide always) or more" in refused("sample", *common, "--guide-above", -1)
+    assert "only with --guidance classifier-free" in refused("sample", *common, "--guide-above", 1, "--guidance", "classifier")
 
 
 def test_a_letters_model_has_one_size(refused, tiny_model):
