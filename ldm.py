@@ -174,7 +174,7 @@ def build_latent(settings, classes):
     beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (first_stage.z_channels, side, side)
     more = {name: settings[name] for name in ("predict", "latent_scale", "context_channels")}
     model = LatentDiffusion(unet, first_stage, beta, classes, shape, **more).to(memory_format=torch.channels_last)
-    model.guide_above = settings["guide_above"]
+    model.guide_above = settings.get("guide_above", 0.0)  # published models do not say
     return model
 
 
@@ -390,7 +390,6 @@ def published_latent(state, path):
     settings = latent_settings(parts["unet."], path)
     settings["first_stage_settings"] = first_stage_settings(parts["first_stage."], path)
     settings |= {"size": 256, "T": check_schedule(state, path), "latent_scale": float(unknown.pop("scale_factor", 1.0))}
-    settings["guide_above"] = 0.0
     settings["p_uncond"] = 0.1 if len(table) == 1001 else 0.0
     if not settings["p_uncond"]:
         parts["context."]["weight"] = torch.cat([table, table.mean(0, keepdim=True)])

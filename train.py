@@ -374,7 +374,7 @@ class Latent(DiffusionSettings):
 
     NETWORK = (
         *("channels", "multipliers", "blocks", "attention_levels", "groups", "context_channels"),
-        *("predict", "schedule", "T", "latent_scale", "guide_above"),
+        *("predict", "schedule", "T", "latent_scale"),
     )
     POSITIVE = (*DiffusionSettings.POSITIVE, "groups", "context_channels")
 
@@ -399,7 +399,7 @@ class Latent(DiffusionSettings):
         model = load_model(self.init)
         if model.stage != "ldm":
             raise UserError(f"--init {self.init}: no latent model")
-        preset = {name: model.settings[name] for name in self.NETWORK}
+        preset = {name: model.settings[name] for name in self.NETWORK} | {"guide_above": model.guide_above}
         for name, value in preset.items():
             if getattr(self, name) not in (None, value):
                 raise UserError(f"{option(name)} {getattr(self, name)}: --init {self.init} has {value}; leave the flag away")

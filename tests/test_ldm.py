@@ -37,7 +37,6 @@ FIRST = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": 
 FIRST |= {"bottleneck": "vq", "codes": 16, "beta": 0.25, "released": False, "size": 16, "quantise_from": 0, "updates": 1}
 TINY = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention_levels": None, "groups": 2, "context_channels": 12}
 TINY |= {"schedule": "sqrt_linear", "T": 1000, "predict": "eps", "latent_scale": 0.5, "size": 16, "p_uncond": 0.2}
-TINY |= {"guide_above": 0.0}
 TINY |= {"first_stage_settings": FIRST}
 COLOUR_NAMES = list(COLOURS)
 
