@@ -1361,9 +1361,9 @@ def communication_seconds(players, settings):
                 dist.all_reduce(gradient)
                 continue
             for _ in range(settings.accumulate):
-                dist.all_gather_into_tensor(whole, whole[:mine].clone())
-                dist.all_gather_into_tensor(whole, whole[:mine].clone())
-                dist.reduce_scatter_tensor(gradient[:mine].clone(), gradient)
+                dist.all_gather_single(whole, whole[:mine].clone())
+                dist.all_gather_single(whole, whole[:mine].clone())
+                dist.reduce_scatter_single(gradient[:mine].clone(), gradient)
         return gradient.sum().item()  # waits for the device
 
     update(1)

@@ -7,10 +7,10 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import equal_tensors, newest_checkpoint
 from PIL import Image
 
 import train
-from conftest import equal_tensors, newest_checkpoint
 from data import open_letters, rows_of_update
 from fid import kernel_distance, letters_features
 from ldm import load_model
