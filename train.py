@@ -1542,6 +1542,8 @@ def train(stage_name, typed, resume):
         stage.resumed()
         start, run, before, best = saved["update"], saved["run"] + 1, saved["seconds"], saved["best"]
 
+    if rank() == 0:
+        remove_leftovers(out)
     epoch = len(stage.train_rows) / settings.images  # updates
     print(describe(settings, players[0], epoch))
     alone = communication_seconds(players, settings)
