@@ -119,10 +119,22 @@ def shares_of(settings, run):
     }
 
 
+def lose_a_process(data, out):
+    """Process 1 is killed after three updates."""
+    update = train.EMA.update
+
+    def killed(ema, n):
+        update(ema, n)
+        if n == 3 and train.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.EMA.update = killed
+    train.train(*train.parse([str(word) for word in (*LETTERS, "--save-every", 2, "--batch", 2, "--out", out / "lost")]))
+
+
 if __name__ == "__main__":
     what, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    if what == "plan":
-        train.in_company(lambda: in_two_processes(data, out))
+    train.in_company(lambda: {"plan": in_two_processes, "lost": lose_a_process}[what](data, out))
 
 
 # ---------------------------------------------------------------------------------------------------- tests
@@ -229,3 +241,20 @@ def test_the_log_has_time_communication_and_memory(runs):
     for name in ("ddp", "fsdp"):
         assert (curve(runs / name, "update_seconds", "communication", "memory") > 0).all()
     assert (curve(runs / "single", "communication") == 0).all()
+
+
+def test_a_lost_process_ends_the_run_with_one_line(data, tmp_path):
+    done = torchrun("lost", data, tmp_path, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "process 1 of 2" not in lines[0], done.stderr
+    assert "another one is gone; --resume goes on from the last checkpoint" in lines[0]
+    assert newest_checkpoint(tmp_path / "lost")[0]["update"] == 2
+
+
+def test_torchrun_and_bad_input(tmp_path):
+    """One line, from process 0, exit code 2; nothing is written."""
+    for words, message in ((("--stage", "letters", "--strategy", "single"), "torchrun started 2 processes; ddp or fsdp"),):
+        done = torchrun(*words, "--out", tmp_path / "run", file=Path(train.__file__), cwd=tmp_path)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
+    assert list(tmp_path.iterdir()) == []
