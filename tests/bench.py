@@ -1,7 +1,8 @@
 """Performance, measured as ratios within one run:  python tests/bench.py
 
 training     images/s of the letters model, in float32 and bf16
-sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it
+sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it; letters and
+             latents
 solvers      error against evaluations on a Gaussian mixture, letters recognised against steps -> assets/solvers.png
 guidance     letters recognised and their variety against the scale, both guidances -> assets/guidance.png
 latent       the thesis's 400M model: one update at batch 1, one 256 x 256 picture; seconds and peak memory
@@ -39,6 +40,7 @@ from data import (
     pack_paintings,
     paint,
     rgb_to_lab,
+    side_by_side,
     to_tensor,
 )
 from ddpm import Diffusion, linear_schedule
@@ -54,7 +56,7 @@ from fid import (
     paintings_features,
 )
 from ldm import PixelDiffusion, build_latent
-from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps
+from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, variety
 from train import EMA, SIZES, FirstStage, Latent, Letters, checkpoint_activations
 from unet import letters_unet
 from vqgan import VQGAN, nearest_code
@@ -97,12 +99,24 @@ def bench_training(batch=64):
 
 
 def bench_sampling(batch=64, steps=50, rounds=2):
-    """In turns: PLMS with guidance, and as many evaluations of the bare network at the same batch and precision."""
-    model = letters_model().eval()
+    """In turns: PLMS with guidance, and as many evaluations of the bare network at the same batch and precision. Of the letters
+    model and of the small latent model, random weights."""
+    for name, model in (("letters", letters_model()), ("latents", latent_model("small"))):
+        for bf16 in (False, True):
+            samplings, bares, outside = sampling_times(model.eval(), batch, steps, rounds, bf16)
+            ratio, outside = min(bares) / min(samplings), 100 * min(outside)
+            what = f"sampling {name}, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
+            print(f"{what}: {batch / min(samplings):.1f} images/s; {ratio:.3f} of the images/s of {steps + 1} bare evaluations")
+            print(f"    {outside:.2f} % of the time outside the network", flush=True)
+
+
+@torch.no_grad()
+def sampling_times(model, batch, steps, rounds, bf16):
+    """Of every round: seconds of sampling, seconds of the bare evaluations, share of the sampling outside the network."""
     network, inside = model.unet.forward, 0.0
-    y, seeds = np.arange(batch) % 26, np.arange(batch)
-    x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), torch.arange(2 * batch) % 27
-    x = x.contiguous(memory_format=torch.channels_last)
+    y, seeds = np.arange(batch) % model.zero_label, np.arange(batch)
+    x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), np.arange(2 * batch) % model.zero_label
+    x, condition = x.contiguous(memory_format=torch.channels_last), model.condition(torch.from_numpy(labels))
 
     def timed(*args, **kwargs):
         nonlocal inside
@@ -111,28 +125,24 @@ def bench_sampling(batch=64, steps=50, rounds=2):
         inside += time.perf_counter() - start
         return out
 
-    @torch.no_grad()
     def bare(evaluations):
+        start = time.perf_counter()
         for _ in range(evaluations):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                network(x, t, y=labels)
+                network(x, t, **condition)
+        return time.perf_counter() - start
 
+    bare(2)
+    samplings, bares, outside = [], [], []
     model.unet.forward = timed
-    for bf16 in (False, True):
-        bare(2)
-        samplings, bares, outside = [], [], []
-        for _ in range(rounds):
-            inside, start = 0.0, time.perf_counter()
-            list(denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16))
-            samplings.append(time.perf_counter() - start)
-            outside.append(1 - inside / samplings[-1])
-            start = time.perf_counter()
-            bare(steps + 1)
-            bares.append(time.perf_counter() - start)
-        name = f"sampling, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
-        ratio, outside = min(bares) / min(samplings), 100 * min(outside)
-        print(f"{name}: {batch / min(samplings):.1f} images/s; {ratio:.3f} of the images/s of {steps + 1} bare evaluations")
-        print(f"    {outside:.2f} % of the time outside the network")
+    for _ in range(rounds):
+        inside, start = 0.0, time.perf_counter()
+        list(denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16))
+        samplings.append(time.perf_counter() - start)
+        outside.append(1 - inside / samplings[-1])
+        bares.append(bare(steps + 1))
+    model.unet.forward = network
+    return samplings, bares, outside
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -168,11 +178,11 @@ class Mixture:
         return x
 
 
-def bench_solvers(counts=(4, 6, 10, 16, 25, 50, 100), samples=200_000):
+def bench_solvers(counts=(5, 10, 15, 20, 30, 50, 100), each=4, samples=200_000):
     """Writes assets/solvers.png. On the mixture: the mean distance of a sampler's values from the data's, both in order (the
     Wasserstein distance in one dimension); that of the random sampler includes 0.002 for the number of its samples."""
     mixture, generator, lines = Mixture(), torch.Generator().manual_seed(0), {}
-    for sampler in (ddpm, ddim, plms, dpm):
+    for sampler, name in NAMES.items():
         n = samples if sampler is ddpm else 2000
         noise = [lambda: torch.randn(samples, generator=generator, dtype=torch.float64)] if sampler is ddpm else []
         start, exact = mixture.quantiles(1000, n), mixture.quantiles(0, n)
@@ -180,21 +190,18 @@ def bench_solvers(counts=(4, 6, 10, 16, 25, 50, 100), samples=200_000):
         for steps in counts:
             *_, (_, x, _) = sampler(mixture.eps, start, timesteps(1000, steps), mixture.alpha_bar, *noise)
             errors.append((x.sort().values - exact).abs().mean().item())
-        lines[NAMES[sampler]] = [([steps + (sampler is plms) for steps in counts], errors)]
-        print(f"mixture, {NAMES[sampler]:15} " + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors)))
+        lines[name] = [([steps + (sampler is plms) for steps in counts], errors)]
+        print(f"mixture, {name:15} " + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors)))
     pictures = [chart(lines, "Error on a mixture of two Gaussians", "evaluations", "mean distance of sorted values")]
 
-    model, judge, lines = load(ASSETS / "letters.pt"), letters_judge(), {}
-    y = np.arange(26).repeat(4)
-    for sampler in (ddpm, ddim, plms, dpm):
-        how = {"sampler": sampler.__name__, "progress": False, "batch": len(y)}
-        shares = [judge(generate(model, y, steps=steps, **how), y) for steps in counts]
-        lines[NAMES[sampler]] = [([steps + (sampler is plms) for steps in counts], shares)]
-        print(
-            f"letters, {NAMES[sampler]:15} "
-            + "  ".join(f"{steps}: {100 * share:.1f} %" for steps, share in zip(counts, shares))
-        )
-    pictures.append(chart(lines, "Letters recognised, scale 2", "evaluations (each of both labels)", "share of 104 images"))
+    model, judge, rows = load(ASSETS / "letters.pt"), letters_judge(), []
+    y = np.arange(26).repeat(each)
+    for sampler, name in NAMES.items():
+        for steps in counts:
+            images = generate(model, y, sampler=sampler.__name__, steps=steps, progress=False, batch=len(y))
+            rows.append({"label": f"{steps} steps", "set": name, "recognised": 100 * judge(images, y)})
+            print(f"letters, {name:15} {steps}: {rows[-1]['recognised']:.1f} %", flush=True)
+    pictures.append(bars(rows, "recognised", f"Letters recognised, % of {len(y)}, scale 2"))
     stacked(pictures).save(ASSETS / "solvers.png")
 
 
@@ -209,17 +216,20 @@ def bench_guidance(scales=(1, 2, 5, 15), each=8):
     letters = embedded_letters()
     _, fonts = letters.split()
     real = letters.images[fonts][np.argsort(letters.labels[fonts], kind="stable")].repeat(3, -1)
-    print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {variety(real, 26):.1f}")
+    print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {letters_variety(real):.1f}")
     for name, guide in (("classifier-free", None), ("classifier", classifier)):
         for scale in scales:
             images = generate(model, y, scale=scale, classifier=guide, progress=False, batch=len(y))
-            row = {"label": f"scale {scale}", "set": name, "accuracy": 100 * judge(images, y), "variety": variety(images, 26)}
+            row = {"label": f"scale {scale}", "set": name}
+            row |= {"accuracy": 100 * judge(images, y), "variety": letters_variety(images)}
             print(f"{name}, scale {scale}: {row['accuracy']:.1f} %, variety {row['variety']:.1f}", flush=True)
             rows.append(row)
-            shown.append(images[::each])
+            shown.append(images[:: 2 * each])
             names.append(f"{name} {scale}")
-    pictures = [grid(np.concatenate(shown), 26, names)]
-    pictures += [bars(rows, "accuracy", "Letters recognised, %"), bars(rows, "variety", "Distance of two images of a letter")]
+    pictures = [grid(np.concatenate(shown), 13, names, scale=2)]
+    size = (pictures[0].width // 2, 260)
+    charts = [bars(rows, *what, size=size) for what in (("accuracy", "Recognised, %"), ("variety", "Variety"))]
+    pictures.append(side_by_side(charts, ("", "")))
     stacked(pictures).save(ASSETS / "guidance.png")
 
 
@@ -236,11 +246,9 @@ def letters_judge():
     return judge
 
 
-def variety(images, labels):
-    """Root mean square distance of two images of a label, in grey levels, averaged over all pairs and over the labels."""
-    x = torch.from_numpy(images).reshape(labels, -1, images[0].size).float() / images[0].size ** 0.5
-    n = x.shape[1]
-    return (torch.cdist(x, x).sum((1, 2)) / (n * (n - 1))).mean().item()
+def letters_variety(images):
+    """`variety` of images in the order of the alphabet, averaged over the letters."""
+    return variety(images.reshape(26, -1, *images.shape[1:])).mean()
 
 
 def stacked(pictures):
@@ -417,15 +425,15 @@ def bench_latent():
         print(f"latent, one 256 x 256 picture, PLMS-50, scale 2, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB")
 
 
-def latent_model():
-    first_stage = SIZES[FirstStage]["thesis"] | {"beta": 0.25, "released": False}
-    settings = SIZES[Latent]["thesis"] | {"size": 256, "first_stage_settings": first_stage, "attention_levels": None}
-    return build_latent(settings, list(COLOURS))
+def latent_model(size):
+    first_stage = SIZES[FirstStage][size] | {"beta": 0.25, "released": False}
+    settings = {"size": first_stage["size"], "first_stage_settings": first_stage, "attention_levels": None, "latent_scale": 1.0}
+    return build_latent(SIZES[Latent][size] | settings, list(COLOURS))
 
 
 def latent_update(bf16, again):
     """Peak memory in MiB, and seconds of the second update: forward, backward, clipping, AdamW, averaging."""
-    model = latent_model()
+    model = latent_model("thesis")
     if again:
         checkpoint_activations(model.unet)
     ema = EMA(model, 0.9999)
@@ -444,7 +452,7 @@ def latent_update(bf16, again):
 
 
 def latent_picture(bf16):
-    model = latent_model().eval()
+    model = latent_model("thesis").eval()
     start = time.perf_counter()
     generate(model, [2], steps=50, scale=2.0, bf16=bf16, progress=False)
     return peak_memory(), time.perf_counter() - start

@@ -17,7 +17,7 @@ from PIL import Image
 
 import sample
 from data import ALPHABET, UserError, read_packed
-from ddpm import Diffusion, linear_schedule
+from ddpm import Diffusion, cosine_schedule, linear_schedule
 from fid import open_source
 from ldm import build_classifier, load_model, save_model
 from sample import (
@@ -201,7 +201,22 @@ def test_plms_costs_one_evaluation_more_than_its_steps():
         for steps in (1, 2, 5, 50):
             calls = []
             last(sampler(lambda x, t: calls.append(t) or x, torch.zeros(1), timesteps(1000, steps), A))  # noqa: B023
-            assert len(calls) == steps + more * (steps > 1)
+            assert len(calls) == steps + more * (steps > 2)
+
+
+@pytest.mark.parametrize("steps", [2, 5, 20, 50, 100, 500])
+def test_plms_does_not_look_ahead_where_that_does_harm(steps):
+    """The cosine schedule, whose sqrt(alpha_bar_T) is 5e-5, on a Gaussian. With a look-ahead the error of 10 steps was 3.3,
+    35 times DDIM's, and that of 50 was 1.5 times DDIM's. Without it PLMS is ahead, as on the other schedules."""
+    a = Diffusion(cosine_schedule()).alpha_bar
+    z = torch.tensor([1.3], dtype=torch.float64)
+
+    def eps(x, t):
+        return (1 - a[t]).sqrt() * (x - a[t].sqrt() * M) / (a[t] * S**2 + 1 - a[t])
+
+    start = a[1000].sqrt() * M + (a[1000] * S**2 + 1 - a[1000]).sqrt() * z
+    errors = [(last(sampler(eps, start, timesteps(1000, steps), a)) - (M + S * z)).abs().item() for sampler in (plms, ddim)]
+    assert errors[0] < 0.8 * errors[1], errors
 
 
 def test_dpm_solver_against_its_paper():
