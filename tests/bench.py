@@ -160,11 +160,15 @@ class Mixture:
         a = self.alpha_bar[t]
         return a.sqrt() * self.m, a * self.s**2 + 1 - a
 
+    def log_f(self, x, t):
+        """log f(y | x_t, t): from which of the two x_t comes, (B, 2)."""
+        mean, var = self.law(t)
+        return (self.w.log() - var.log() / 2 - (x[:, None] - mean) ** 2 / (2 * var)).log_softmax(1)
+
     def eps(self, x, t):
         mean, var = self.law(t)
-        z = (x[:, None] - mean) / var  # minus the score of each part
-        share = (self.w.log() - var.log() / 2 - (x[:, None] - mean) * z / 2).softmax(1)
-        return (1 - self.alpha_bar[t]).sqrt() * (share * z).sum(1)
+        each = (1 - self.alpha_bar[t]).sqrt() * (x[:, None] - mean) / var
+        return (self.log_f(x, t).exp() * each).sum(1)
 
     def quantiles(self, t, n):
         """The n values at the probabilities 1/2n, 3/2n, ... of x_t, by bisection."""
