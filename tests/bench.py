@@ -182,7 +182,7 @@ class Mixture:
         return x
 
 
-def bench_solvers(counts=(5, 10, 15, 20, 30, 50, 100), each=4, samples=200_000):
+def bench_solvers(counts=(5, 10, 15, 20, 50, 100), each=4, samples=200_000):
     """Writes assets/solvers.png. On the mixture: the mean distance of a sampler's values from the data's, both in order (the
     Wasserstein distance in one dimension); that of the random sampler includes 0.002 for the number of its samples."""
     mixture, generator, lines = Mixture(), torch.Generator().manual_seed(0), {}
@@ -196,16 +196,21 @@ def bench_solvers(counts=(5, 10, 15, 20, 30, 50, 100), each=4, samples=200_000):
             errors.append((x.sort().values - exact).abs().mean().item())
         lines[name] = [([steps + (sampler is plms) for steps in counts], errors)]
         print(f"mixture, {name:15} " + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors)))
-    pictures = [chart(lines, "Error on a mixture of two Gaussians", "evaluations", "mean distance of sorted values")]
+    title = "Error on a mixture of two Gaussians"
+    pictures = [chart(lines, title, "evaluations", "mean distance of sorted values", (940, 320))]
 
-    model, judge, rows = load(ASSETS / "letters.pt"), letters_judge(), []
+    model, judge, rows, shown, names = load(ASSETS / "letters.pt"), letters_judge(), [], [], []
     y = np.arange(26).repeat(each)
-    for sampler, name in NAMES.items():
-        for steps in counts:
-            images = generate(model, y, sampler=sampler.__name__, steps=steps, progress=False, batch=len(y))
+    for steps in (5, 10, 20, 50):
+        for sampler, name in NAMES.items():
+            images = generate(model, y, sampler=sampler.__name__, steps=steps, bf16=True, progress=False)
             rows.append({"label": f"{steps} steps", "set": name, "recognised": 100 * judge(images, y)})
             print(f"letters, {name:15} {steps}: {rows[-1]['recognised']:.1f} %", flush=True)
-    pictures.append(bars(rows, "recognised", f"Letters recognised, % of {len(y)}, scale 2"))
+            if steps <= 10:
+                shown.append(images[:: 2 * each])
+                names.append(f"{name.split()[0]} {steps}")
+    pictures.append(bars(rows, "recognised", f"Letters recognised, % of {len(y)}", size=(940, 250)))
+    pictures.append(grid(np.concatenate(shown), 13, names, scale=2))
     stacked(pictures).save(ASSETS / "solvers.png")
 
 
@@ -217,13 +222,11 @@ def bench_guidance(scales=(1, 2, 5, 15), each=8):
     model, judge = load(ASSETS / "letters.pt"), letters_judge()
     classifier = load_classifier("runs/classifier", model)
     y, rows, shown, names = np.arange(26).repeat(each), [], [], []
-    letters = embedded_letters()
-    _, fonts = letters.split()
-    real = letters.images[fonts][np.argsort(letters.labels[fonts], kind="stable")].repeat(3, -1)
+    real = validation_letters()
     print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {letters_variety(real):.1f}")
     for name, guide in (("classifier-free", None), ("classifier", classifier)):
         for scale in scales:
-            images = generate(model, y, scale=scale, classifier=guide, progress=False, batch=len(y))
+            images = generate(model, y, scale=scale, classifier=guide, bf16=True, progress=False)
             row = {"label": f"scale {scale}", "set": name}
             row |= {"accuracy": 100 * judge(images, y), "variety": letters_variety(images)}
             print(f"{name}, scale {scale}: {row['accuracy']:.1f} %, variety {row['variety']:.1f}", flush=True)
@@ -235,6 +238,13 @@ def bench_guidance(scales=(1, 2, 5, 15), each=8):
     charts = [bars(rows, *what, size=size) for what in (("accuracy", "Recognised, %"), ("variety", "Variety"))]
     pictures.append(side_by_side(charts, ("", "")))
     stacked(pictures).save(ASSETS / "guidance.png")
+
+
+def validation_letters():
+    """(26 x 40, 32, 32, 3) uint8, in the order of the alphabet."""
+    letters = embedded_letters()
+    _, fonts = letters.split()
+    return letters.images[fonts][np.argsort(letters.labels[fonts], kind="stable")].repeat(3, -1)
 
 
 def letters_judge():

@@ -494,12 +494,16 @@ def test_another_program_asks_by_name_or_number(tiny_model):
             generate(model, label)
 
 
-def test_bf16_and_classifier_guidance_through_the_command_line(run, refused, tiny_model, tmp_path):
-    settings = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "shape": (3, 32, 32), "schedule": "linear", "T": 1000}
+def make_tiny_classifier(path, schedule="linear"):
+    settings = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "shape": (3, 32, 32), "schedule": schedule, "T": 1000}
     settings["space"] = "pixels"
-    for name, changes in (("guide", {}), ("other", {"schedule": "cosine"})):
-        classifier = build_classifier(settings | changes, ALPHABET)
-        save_model(tmp_path / f"{name}.pt", "classifier", settings | changes, ALPHABET, 0, {"ema": classifier.state_dict()})
+    save_model(path, "classifier", settings, ALPHABET, 0, {"ema": build_classifier(settings, ALPHABET).state_dict()})
+    return path
+
+
+def test_bf16_and_classifier_guidance_through_the_command_line(run, refused, tiny_model, tmp_path):
+    make_tiny_classifier(tmp_path / "guide.pt")
+    make_tiny_classifier(tmp_path / "other.pt", "cosine")
     how = ("--run", tiny_model, *FAST, "--label", "A", "--n", 2, "--out", tmp_path / "a.png")
     guided = ("--guidance", "classifier", "--scale", 400, "--classifier", tmp_path / "guide.pt")
     pictures = {}
@@ -586,6 +590,21 @@ def test_5_1_1_torchrun(many, one_thread, tiny_model, tmp_path):
     before = {p: p.stat().st_mtime_ns for p in one.rglob("*.png")}
     many("one", 2, "--device", "cpu")
     assert {p: p.stat().st_mtime_ns for p in one.rglob("*.png")} == before
+
+
+def test_many_images_guided_by_a_classifier(many, refused, monkeypatch, tiny_model, tmp_path):
+    """The gradient of a chunk is a function of the chunk, too: two processes make what one makes."""
+    guide, other = (make_tiny_classifier(tmp_path / name) for name in ("guide.pt", "other.pt"))
+    guided = ("--guidance", "classifier", "--scale", 400, "--classifier")
+    whole = content(many("whole", 1, *guided, guide))
+    assert whole != content(many("plain", 1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        shared = many("shared", 1, *guided, guide)
+    assert content(shared) == whole
+    how = ("--run", tiny_model, "--per-label", 1, "--batch", 16, "--steps", 2, "--sampler", "ddpm", "--out", shared)
+    assert "was begun with classifier" in refused("sample", *how, *guided, other)
 
 
 def test_many_images_in_one_memory_map_are_the_same_and_open_everywhere(many, tmp_path):
