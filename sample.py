@@ -5,6 +5,7 @@
     python sample.py --run runs/letters --grid                         one row a label, the zero-label last
     python sample.py --run runs/letters --label R --strip              the denoising path; --gif shows it moving
     python sample.py --run runs/letters --per-label 64 --out samples   one folder a label; stops, and goes on where it was
+    torchrun --nproc-per-node 2 -- sample.py --per-label 64 ...        the same by two processes
     python sample.py --run runs/ldm --scales 1 2 5 15                  grids at several guidance scales, and a table
     python sample.py --run runs/ldm --label blue --size 512            larger than it was trained: a larger latent
 
