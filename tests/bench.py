@@ -99,20 +99,20 @@ def bench_training(batch=64):
 
 
 def bench_sampling(batch=64, steps=50, rounds=2):
-    """In turns: PLMS with guidance, and as many evaluations of the bare network at the same batch and precision. Of the letters
-    model and of the small latent model, random weights."""
+    """PLMS with guidance, and as many evaluations of the bare network at the same batch and precision, step by step in turns. The
+    letters model and the small latent model, random weights."""
     for name, model in (("letters", letters_model()), ("latents", latent_model("small"))):
         for bf16 in (False, True):
-            samplings, bares, outside = sampling_times(model.eval(), batch, steps, rounds, bf16)
-            ratio, outside = min(bares) / min(samplings), 100 * min(outside)
+            sampling, bare, inside = sampling_times(model.eval(), batch, steps, rounds, bf16)
             what = f"sampling {name}, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
-            print(f"{what}: {batch / min(samplings):.1f} images/s; {ratio:.3f} of the images/s of {steps + 1} bare evaluations")
-            print(f"    {outside:.2f} % of the time outside the network", flush=True)
+            rate = f"{batch / sampling:.1f} images/s; {bare / sampling:.3f} of the images/s of {steps + 1} bare evaluations"
+            print(f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network", flush=True)
 
 
 @torch.no_grad()
 def sampling_times(model, batch, steps, rounds, bf16):
-    """Of every round: seconds of sampling, seconds of the bare evaluations, share of the sampling outside the network."""
+    """Seconds of one sampling, of as many bare evaluations, and of the sampling inside the network: of every step the fastest
+    of the rounds."""
     network, inside = model.unet.forward, 0.0
     y, seeds = np.arange(batch) % model.zero_label, np.arange(batch)
     x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), np.arange(2 * batch) % model.zero_label
@@ -125,24 +125,24 @@ def sampling_times(model, batch, steps, rounds, bf16):
         inside += time.perf_counter() - start
         return out
 
-    def bare(evaluations):
-        start = time.perf_counter()
-        for _ in range(evaluations):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                network(x, t, **condition)
-        return time.perf_counter() - start
+    def bare():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            network(x, t, **condition)
 
-    bare(2)
-    samplings, bares, outside = [], [], []
+    bare()
+    times = np.zeros((3, rounds, steps))  # sampling, bare, inside
     model.unet.forward = timed
-    for _ in range(rounds):
-        inside, start = 0.0, time.perf_counter()
-        list(denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16))
-        samplings.append(time.perf_counter() - start)
-        outside.append(1 - inside / samplings[-1])
-        bares.append(bare(steps + 1))
+    for i in range(rounds):
+        path = denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16)
+        for j in range(steps):
+            inside, start = 0.0, time.perf_counter()
+            next(path)
+            middle = time.perf_counter()
+            for _ in range(1 + (j == 0)):  # PLMS looks ahead once
+                bare()
+            times[:, i, j] = middle - start, time.perf_counter() - middle, inside
     model.unet.forward = network
-    return samplings, bares, outside
+    return times.min(1).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
