@@ -99,8 +99,10 @@ def bench_training(batch=64):
 
 
 def bench_sampling(batch=64, steps=50, rounds=2):
-    """PLMS with guidance, and as many evaluations of the bare network at the same batch and precision, in turns step by step: the
-    letters model and the small latent model, random weights."""
+    """PLMS with guidance, and as many evaluations of the bare network at the same batch and precision, step by step in turns.
+
+    The letters model and the small latent model, random weights.
+    """
     for name, model in (("letters", letters_model()), ("latents", latent_model("small"))):
         for bf16 in (False, True):
             sampling, bare, inside = sampling_times(model.eval(), batch, steps, rounds, bf16)
