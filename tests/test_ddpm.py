@@ -352,7 +352,7 @@ def test_eq_3_11_the_reverse_step_of_known_data(t):
     eps = d.predict_eps(x_t, t, (log_joint(x_t, t).softmax(1) * x_0).sum())
     torch.testing.assert_close(d.mu_theta(x_t, t, eps)[0], mean, rtol=1e-6, atol=1e-8)
     mu, var = d.posterior(x_t, x_0, t)
-    assert (mu - mean).abs().min() > 0.05 and (reverse * (x - mean) ** 2).sum() > 1.1 * var
+    assert (mu - mean).abs().min() > 0.05 and (reverse * (x - mean) ** 2).sum() > 1.04 * var
 
 
 @pytest.mark.parametrize("t", [2, 10, 300, 999])
