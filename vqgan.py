@@ -499,6 +499,10 @@ def adaptive_weight(rec_loss, g_loss, last_layer, delta=1e-4):
 
         lambda = |grad_L rec_loss| / (|grad_L g_loss| + delta),   L the weight of the decoder's last layer; in [0, 10^4]
 
+    The gradient of rec_loss + lambda g_loss at L is g_r + lambda g_a. Neither term is to drown the other: |lambda g_a| = |g_r|
+    gives this quotient; delta keeps it finite when the adversary is silent. Both losses reach the rest of the decoder through L
+    only, so one layer is measured and not all.
+
     Returns a number without gradient. Only the generator's term is weighted; D has a loss and an optimiser of its own.
     """
     grad_rec, grad_g = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec_loss, g_loss))
