@@ -244,7 +244,7 @@ class Diffusion:
     def bound(self, eps_theta, x_0, noise, variance="beta_tilde"):
         """eq. 3.15 with all T terms:  -log p_theta(x_0) <= L_T + sum_{t=2..T} L_{t-1} + L_0, bits per dimension.
 
-        The evidence leaves the integral of eq. 3.13, hence eq. 3.14:  -log p_theta(x_0) <= E_q log(q / p_theta) of trajectories,
+        The evidence leaves the integral of eq. 3.13: eq. 3.14, -log p_theta(x_0) <= E_q log(q / p_theta) of trajectories,
         which are products of steps (3.10). For t >= 2, 3.12 turns a step round: q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) r_t with
         r_t = q(x_t|x_0) / q(x_{t-1}|x_0). All r_t multiply to q(x_T|x_0) / q(x_1|x_0), and q(x_1|x_0) cancels:
 
