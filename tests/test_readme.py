@@ -120,7 +120,7 @@ def commands():
     joined = re.sub(r"\\\n *", "", README)
     lines = [line for line in joined.splitlines() if line.startswith("    ")] + re.findall(r"`([^`\n]+)`", joined)
     found = [re.findall(r"(?:python |torchrun .*? )(\w+)\.py\b(.*?)(?=&&|$)", line) for line in lines]
-    return sorted({(program, arguments.strip()) for each in found for program, arguments in each})
+    return sorted({(program, arguments.split(" #")[0].strip()) for each in found for program, arguments in each})
 
 
 @pytest.mark.parametrize("program, line", commands())
