@@ -98,6 +98,10 @@ def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde", gradient=None, 
 def ddim_step(x, e, a, a_next, sigma=0.0):
     """4.6.1, DDIM (E56):  x_{t'} = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps,  x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a).
 
+    At sigma = 0 divide by sqrt(a'): with y = x / sqrt(a) and the ratio of noise to signal r = sqrt((1 - a) / a) it reads
+    y' = y + (r' - r) eps, one step of Euler's method for dy/dr = eps. That is the transfer of the PLMS paper, whose own way to
+    write the factor of eps avoids the difference of two roots.
+
     a, a': alpha_bar at t and t'. The noise sigma xi is the caller's. Returns (x_{t'}, x_0).
     """
     x_0 = (x - (1 - a) ** 0.5 * e) / a**0.5
@@ -122,6 +126,9 @@ def plms(eps, x, times, alpha_bar):
     """4.6.1, PLMS ("PLSM" in the heading, E56): the DDIM transfer with eps' extrapolated from the last four predictions.
 
         eps' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24          e_0 the newest: Adams-Bashforth of order 4
+
+    Where DDIM takes dy/dr = eps as constant over a step (see `ddim_step`), this draws a cubic through the last four eps, over
+    the index of the step, and takes its mean over the step to come; the weights are that integral's and sum to 1.
 
     The history fills up with orders 2 and 3 after one improved Euler step, as in the published sampler; that step looks
     ahead once, so S steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.

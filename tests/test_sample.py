@@ -185,6 +185,8 @@ def test_ddim_step_equals_the_transfer_of_the_plms_paper():
     a, b = A[600].item(), A[580].item()
     paper = math.sqrt(b / a) * x - (b - a) / (math.sqrt(a) * (math.sqrt((1 - b) * a) + math.sqrt((1 - a) * b))) * e
     torch.testing.assert_close(ddim_step(x, e, a, b)[0], paper)
+    r, r_next = ((1 - a) / a) ** 0.5, ((1 - b) / b) ** 0.5  # and Euler's step for dy/dr = eps with y = x / sqrt(a)
+    torch.testing.assert_close(ddim_step(x, e, a, b)[0] / b**0.5, x / a**0.5 + (r_next - r) * e)
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling():
@@ -379,6 +381,16 @@ def test_classifier_guidance_at_scale_1_is_bayes_rule():
     torch.testing.assert_close(guided, exact, atol=0.06, rtol=0)
 
 
+def test_e47_a_classifier_must_have_learnt_noised_images():
+    """f(y|x, t), f(y|x) and f(y|x_t) of 4.4.2 are one function f(y | x_t, t); that of clean images guides elsewhere."""
+    mixture, clean, y, x = Mixture(), Mixture(), torch.tensor([0, 1]).repeat(50), randn(100)
+    clean.log_f = lambda x, t: mixture.log_f(x, 0)
+    for t in (300, 600):
+        alone = exact_eps(x, t, m=mixture.m[y])
+        torch.testing.assert_close(with_classifier(mixture.eps, classifier_gradient(mixture, y), 1.0, A)(x, t), alone)
+        assert (with_classifier(mixture.eps, classifier_gradient(clean, y), 1.0, A)(x, t) - alone).abs().mean() > 0.1
+
+
 def test_clipping_bounds_the_predicted_image_and_touches_nothing_else():
     eps = with_clipping(exact_eps, D)
     for t in (1, 300, 1000):
@@ -549,6 +561,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def test_e60_the_hours_of_5_1_1():
+    """40 s for 15 images. 56 h, printed for 50,000 images of one label, are 8 labels of 10,000; the 4.5 days are 6."""
+    hours = 40 / 15 / 3600  # an image
+    assert 10_000 * hours == pytest.approx(7.4, abs=0.05)  # "approximately 7 hours" holds
+    assert 50_000 * hours < 38 and 8 * 7 == 56
+    assert 8 * 50_000 * hours / 2 / 24 > 6 > 4.5
+    assert 1000 / 50 == 20 and 4 * 60 / 40 == 6  # PLMS 50 saves 20 times the steps, the two timings of 4.6.1 differ 6 times
 
 
 @pytest.mark.parametrize("form", ["png", "npy"])

@@ -14,7 +14,7 @@ from conftest import equal_tensors, newest_checkpoint
 from PIL import Image
 
 import train
-from data import open_letters, rows_of_update
+from data import TABLE_4_1, open_letters, rows_of_update
 from fid import kernel_distance, letters_features
 from ldm import load_model
 from sample import generate
@@ -115,6 +115,23 @@ def test_ema_averages_parameters_with_warm_up_and_leaves_tables_alone():
         torch.testing.assert_close(next(s.model.parameters()), first[0] + 1)
         assert torch.equal(s.model.diffusion.alpha_bar, table)
     assert set(ema.state_dict()) == {name for name, _ in s.model.named_parameters()}
+
+
+def test_e62_averaging_does_not_train():
+    """5.2: "further trained using a copy of the weight". The copy follows; what is trained, and its loss, stay as they are."""
+    s = stage(overfit=8)
+    ema, before = EMA(s.model, 0.9), s.loss(0).item()
+    raw = [p.clone() for p in s.model.parameters()]
+    for n in range(20):
+        ema.update(n)
+    assert all(torch.equal(a, b) for a, b in zip(raw, s.model.parameters())) and s.loss(0).item() == before
+
+
+def test_e62_an_epoch_of_small_batches_is_more_updates():
+    """5.3.1 compares two models at epoch 14: the one with batch 12 has had 5.3 times the updates of the one with batch 64."""
+    images = sum(TABLE_4_1)
+    assert (images // 64, images // 12) == (308, 1647) and images // 12 / (images // 64) == pytest.approx(5.3, abs=0.05)
+    assert 300 * (images // 64) == 92_400  # updates of the thesis's run
 
 
 def test_averaged_weights_are_really_used_under_autocast():
