@@ -381,6 +381,8 @@ class Latent(DiffusionSettings):
             raise UserError(f"--channels {self.channels}: must be a multiple of 32, the width of an attention head")
         if self.cpu_offload and self.strategy != "fsdp":
             raise UserError("--cpu-offload: only with --strategy fsdp")
+        if self.compile and self.strategy == "fsdp":
+            raise UserError("--compile: not with --strategy fsdp, whose weights come and go; ddp compiles")
         if self.latent_scale is not None and self.latent_scale <= 0:
             raise UserError(f"--latent-scale {self.latent_scale}: must be more than 0")
 
