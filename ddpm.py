@@ -17,7 +17,11 @@ import torch
 def kl_divergence(q, p):
     """eq. 2.4 (corrected, E02):  D(q || p) = E_{x~q}[log q(x) - log p(x)] = sum_x q(x) log(q(x) / p(x)).
 
-    The thesis's first form has the ratio upside down, which is never positive; its second form is this one.
+    The thesis's first form has the ratio upside down, which is never positive; its second form is this one. It is the expected
+    value, eq. 2.2, of h = log(q/p), eq. 2.3. Eq. 2.5 is D(p || q), the other direction (E03); the two differ, eq. 2.6, and
+    neither is negative, eq. 2.7. Eq. 2.9 and eq. 2.10 look for the q(z) nearest to the posterior p(z|x) of eq. 2.1, which is
+    p(z, x) / p(x), eq. 2.12; eq. 2.11 and eq. 2.13 write that divergence out.
+
     q, p: probabilities over the last axis (for densities on a grid, multiplied by the cell size). Returns (...,), nats.
     """
     return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
@@ -26,7 +30,11 @@ def kl_divergence(q, p):
 def elbo(q, joint):
     """eq. 2.19:  L(q) = E_{z~q}[log p(z, x)] - E_{z~q}[log q(z)]  <=  log p(x).
 
-    Eq. 2.15 prints the negative (E05); with it neither 2.16, D(q || p(z|x)) = -L(q) + log p(x), nor 2.18 would hold.
+    Write p(z|x) = p(z, x) / p(x) in D(q || p(z|x)); log p(x), the integral of eq. 2.8, does not depend on z and leaves the
+    expectation, eq. 2.14:  D(q || p(z|x)) = -L(q) + log p(x), eq. 2.16. That is >= 0, eq. 2.17, hence eq. 2.18 above. The
+    q of the largest L is the nearest one, eq. 2.21, as long as p and so log p(x) stays as it is (eq. 2.20, E06).
+    Eq. 2.15 prints the negative of L (E05); with it neither 2.16 nor 2.18 would hold.
+
     q: probabilities q(z) over the last axis; joint: p(z, x) for one observed x. Returns (...,), nats.
     """
     return -kl_divergence(q, joint)
@@ -98,7 +106,8 @@ class Diffusion:
     def q_step(self, x_prev, t, noise):
         """eq. 3.8:  x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) xi_t,  xi_t ~ N(0, I), independent for every t.
 
-        3.7 prints x_t on the right as well (E20); 3.5.2 first writes Sigma xi where Sigma^(1/2) xi is meant (E23).
+        The Gaussian of eq. 3.6, which is that of a step and not of the data (E19), with the mean and variance of eq. 3.7, where
+        x_t is printed on the right as well (E20). 3.5.2 first writes Sigma xi where Sigma^(1/2) xi is meant (E23).
         """
         beta = self.at(self.beta, t, x_prev)
         return (1 - beta).sqrt() * x_prev + beta.sqrt() * noise
@@ -165,7 +174,8 @@ class Diffusion:
 
             mu_theta = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta(x_t, t)) / sqrt(alpha_t)
 
-        This is mu_tilde of 3.12 at the x_0 that eps_theta predicts.
+        This is mu_tilde of 3.12 at the x_0 that eps_theta predicts. With the best eps_theta, the mean of eps over all x_0 that
+        may have led to x_t, it is the mean of eq. 3.11, q(x_{t-1} | x_t), which no x_0 conditions (E28).
         """
         alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
         alpha_bar = self.at(self.alpha_bar, t, x_t)
@@ -192,7 +202,8 @@ class Diffusion:
         """3.5.4, L_simple:  E_{t, x_0, eps} || eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t) ||^2
 
         The squared distance averaged over elements. The thesis calls it L_t; the true L_t has a weight that is dropped by
-        choice (E31, `bound_term`). eps_theta: function (x_t, t) -> eps. Returns one value an image, (B,), float32.
+        choice (E31, derived in `bound_term`). With it the first few t, where it is by far the largest, would outweigh the rest.
+        eps_theta: function (x_t, t) -> eps. Returns one value an image, (B,), float32.
         """
         prediction = eps_theta(self.q_sample(x_0, t, noise), t)
         return (noise - prediction).float().square().flatten(1).mean(1)
@@ -207,8 +218,13 @@ class Diffusion:
     def bound_term(self, eps_theta, x_0, t, noise, variance="beta_tilde"):
         """eq. 3.15, L_{t-1} for 2 <= t <= T:  D( q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t) ) at one x_t ~ q(x_t | x_0).
 
-        With equal variances, the KL of two Gaussians is the squared distance of their means over 2 sigma_t^2, which is
-        beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) || eps - eps_theta ||^2: L_simple with its weight (E31).
+        From L_t to L_simple (E31): with equal variances the KL is || mu_tilde - mu_theta ||^2 / (2 sigma_t^2). Put x_0 =
+        (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) into mu_tilde of 3.12 and both means have the form of `mu_theta`:
+        they differ by beta_t / (sqrt(alpha_t) sqrt(1 - alpha_bar_t)) (eps_theta - eps). So the term is
+
+            beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) || eps - eps_theta ||^2
+
+        and L_simple is what is left when the weight is dropped and t drawn uniformly.
         """
         x_t = self.q_sample(x_0, t, noise)
         mean, var = self.posterior(x_t, x_0, t)
@@ -227,6 +243,14 @@ class Diffusion:
 
     def bound(self, eps_theta, x_0, noise, variance="beta_tilde"):
         """eq. 3.15 with all T terms:  -log p_theta(x_0) <= L_T + sum_{t=2..T} L_{t-1} + L_0, bits per dimension.
+
+        The evidence leaves the integral of eq. 3.13: eq. 3.14, -log p_theta(x_0) <= E_q log(q / p_theta) of trajectories,
+        which are products of steps (3.10). For t >= 2, 3.12 turns a step round: q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) r_t with
+        r_t = q(x_t|x_0) / q(x_{t-1}|x_0). All r_t multiply to q(x_T|x_0) / q(x_1|x_0), and q(x_1|x_0) cancels:
+
+            log q(x_T|x_0)/p(x_T) + sum_{t>=2} log q(x_{t-1}|x_t, x_0)/p_theta(x_{t-1}|x_t) - log p_theta(x_0|x_1)
+
+        The expectation of a log-ratio over its own variable is a KL: L_T, then the L_{t-1}; the last one is L_0.
 
         noise: function t -> (B, ...) standard normal noise for the x_t of that term. Returns (B, T + 1): column 0 is L_0,
         column t - 1 is L_{t-1}, the last is L_T. T evaluations of eps_theta; the sum over columns is the bound.

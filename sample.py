@@ -5,6 +5,7 @@
     python sample.py --run runs/letters --grid                         one row a label, the zero-label last
     python sample.py --run runs/letters --label R --strip              the denoising path; --gif shows it moving
     python sample.py --run runs/letters --per-label 64 --out samples   one folder a label; stops, and goes on where it was
+    torchrun --nproc-per-node 2 -- sample.py --per-label 64 ...        the same by two processes
     python sample.py --run runs/ldm --scales 1 2 5 15                  grids at several guidance scales, and a table
     python sample.py --run runs/ldm --label blue --size 512            larger than it was trained: a larger latent
 
@@ -97,6 +98,10 @@ def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde", gradient=None, 
 def ddim_step(x, e, a, a_next, sigma=0.0):
     """4.6.1, DDIM (E56):  x_{t'} = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps,  x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a).
 
+    At sigma = 0 divide by sqrt(a'): with y = x / sqrt(a) and the ratio of noise to signal r = sqrt((1 - a) / a) it reads
+    y' = y + (r' - r) eps, one step of Euler's method for dy/dr = eps. That is the transfer of the PLMS paper, whose own way to
+    write the factor of eps avoids the difference of two roots.
+
     a, a': alpha_bar at t and t'. The noise sigma xi is the caller's. Returns (x_{t'}, x_0).
     """
     x_0 = (x - (1 - a) ** 0.5 * e) / a**0.5
@@ -122,15 +127,22 @@ def plms(eps, x, times, alpha_bar):
 
         eps' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24          e_0 the newest: Adams-Bashforth of order 4
 
+    Where DDIM takes dy/dr = eps as constant over a step (see `ddim_step`), this draws a cubic through the last four eps, over
+    the index of the step, and takes its mean over the step to come; the weights are that integral's and sum to 1.
+
     The history fills up with orders 2 and 3 after one improved Euler step, as in the published sampler; that step looks
-    ahead once, so S > 1 steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.
+    ahead once, so S steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.
+
+    A single step has nothing to look ahead to, and where a' > sqrt(a) looking ahead does harm: near T, eps = x - sqrt(a) x_0,
+    so the mean of both eps moves x_{t'} by a' / (2 sqrt(a)) x_0. Of 50 steps that is 10 x_0 for the cosine schedule, whose
+    alpha_bar_T is 2e-9, and 0.005 x_0 for the linear one. The first step is then plain DDIM.
     """
     history = []
     for t, t_next in zip(times, times[1:]):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
         e = eps(x, t)
-        if not history and len(times) == 2:
-            e_prime = e  # a single step has no next one to look ahead to
+        if not history and (len(times) == 2 or a_next > a**0.5):
+            e_prime = e
         elif not history:
             ahead, _ = ddim_step(x, e, a, a_next)
             e_prime = (e + eps(ahead, t_next)) / 2

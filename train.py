@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
+    COLOURS,
     UserError,
     balanced_rows_of_update,
     bars,
@@ -385,6 +386,8 @@ class Latent(DiffusionSettings):
             raise UserError(f"--channels {self.channels}: must be a multiple of 32, the width of an attention head")
         if self.cpu_offload and self.strategy != "fsdp":
             raise UserError("--cpu-offload: only with --strategy fsdp")
+        if self.compile and self.strategy == "fsdp":
+            raise UserError("--compile: not with --strategy fsdp, whose weights come and go; ddp compiles")
         if self.latent_scale is not None and self.latent_scale <= 0:
             raise UserError(f"--latent-scale {self.latent_scale}: must be more than 0")
         if self.guide_above < 0:
@@ -515,6 +518,9 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    if stage == "ldm":
+        how = {"metavar": "GB", "default": argparse.SUPPRESS, "help": "train nothing: what fits on GPUs of so many gigabytes"}
+        parser.add_argument("--plan", type=float, **how)
     for f in fields(STAGES[stage].Settings):
         if not f.metadata:
             continue  # no flag: taken from another run
@@ -1370,9 +1376,9 @@ def communication_seconds(players, settings):
                 dist.all_reduce(gradient)
                 continue
             for _ in range(settings.accumulate):
-                dist.all_gather_into_tensor(whole, whole[:mine].clone())
-                dist.all_gather_into_tensor(whole, whole[:mine].clone())
-                dist.reduce_scatter_tensor(gradient[:mine].clone(), gradient)
+                dist.all_gather_single(whole, whole[:mine].clone())
+                dist.all_gather_single(whole, whole[:mine].clone())
+                dist.reduce_scatter_single(gradient[:mine].clone(), gradient)
         return gradient.sum().item()  # waits for the device
 
     update(1)
@@ -1456,12 +1462,14 @@ def remove_leftovers(out):
 
 def newest_progress(out):
     """settings, update, ... of the newest checkpoint that can be read."""
+    if not checkpoints(out):
+        raise UserError(f"{out}: no checkpoint there to go on from; without --resume a run begins")
     for path in checkpoints(out):
         try:
             return read_checkpoint(path / "run.pt", PROGRESS)
         except UserError as error:
             print(f"{error}; trying the one before")
-    raise UserError(f"{out}: no checkpoint there to go on from; without --resume a run begins")
+    raise UserError(f"{out}: none of its checkpoints can be read")
 
 
 def load_checkpoint(out, players, ema, stage):
@@ -1523,6 +1531,82 @@ class Reader(dcp.FileSystemReader):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# 4.7  What fits on a small GPU
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def memory_per_process(parameters, largest, frozen, strategy, processes=1, offload=False):
+    """What a process holds whatever the batch, in numbers of 4 bytes, by kind (E58, E59).
+
+    parameters: how many are trained; largest: of those the most in one unit of `shard`; frozen: those of the first stage.
+    FSDP holds a share of everything, and gathered two units, one at work and one coming, and one's whole gradient.
+    """
+    share = -(-parameters // processes) if strategy == "fsdp" else parameters
+    here = {"weights": share, "gradients": share, "moments": 2 * share, "average": share}
+    if offload:
+        here = dict.fromkeys(here, 0)
+    return here | {"gathered": 3 * largest if strategy == "fsdp" else 0, "first stage": frozen}
+
+
+def activation_bytes(model, batch):
+    """What the forward pass of a batch keeps for the gradient, in bytes: all of it, and with --checkpoint-activations, which
+    keeps what goes into every block and, one block at a time, what happens inside."""
+    blocks = [module for module in model.unet.modules() if isinstance(module, ResBlock | SpatialTransformer)]
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, inputs, inside = {}, {}, []
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def enter(block, arguments):
+        inputs[arguments[0].data_ptr()] = arguments[0].nbytes
+        inside.append(-sum(kept.values()))
+
+    def leave(block, arguments, output):
+        inside[-1] += sum(kept.values())
+
+    hooks = [hook for b in blocks for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
+    z, y = torch.randn(batch, *model.shape), torch.zeros(batch, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model.loss(z, y, torch.full_like(y, 500), torch.randn_like(z))  # as long as it lives, all that it keeps does
+    for hook in hooks:
+        hook.remove()
+    total = sum(kept.values())
+    return total, total - sum(inside) + sum(inputs.values()) + max(inside) if loss is not None else 0
+
+
+def plan(typed):
+    """The table of `--plan`: what a process holds, and how many images it can compute at a time on GPUs of so many GB."""
+    gigabytes, s = typed.pop("plan"), Latent(**typed)
+    complete(s)
+    first_stage = SIZES[FirstStage][s.model] | {"beta": 0.25, "released": False, "kl_weight": 0.0}
+    shape = {"first_stage_settings": first_stage, "size": s.size or first_stage["size"], "latent_scale": 1.0}
+    model = build_latent(asdict(s) | shape, list(COLOURS))
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.first_stage.parameters())
+    units = [
+        sum(p.numel() for p in m.parameters()) for m in model.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)
+    ]
+    largest = max(*units, parameters - sum(units))
+    with mixed_precision(s):
+        (one, few), (two, less) = activation_bytes(model, 1), activation_bytes(model, 2)
+    image, small_image = two - one, less - few
+    print(f"{parameters:,} parameters to train, {frozen:,} in the first stage; {s.precision}; a process holds, in 10^9 bytes:")
+    cases = [("single", 1, False), ("ddp", 2, False), *(("fsdp", r, False) for r in (1, 2, 4, 8)), ("fsdp", 2, True)]
+    for strategy, processes, offload in cases:
+        held = memory_per_process(parameters, largest, frozen, strategy, processes, offload)
+        free = 0.92 * gigabytes * 1e9 - 4 * sum(held.values())  # 8 % for CUDA itself and what lies between the tensors
+        fit = max(0, int((free - (one - image)) / image))
+        more = max(0, int((free - (few - small_image)) / small_image))
+        print(f"{strategy}, {processes} processes" + ", --cpu-offload" * offload)
+        print("    " + ", ".join(f"{kind} {4 * count / 1e9:.2f}" for kind, count in held.items() if count))
+        print(f"    on {gigabytes:g} GB --batch {fit} fits, with --checkpoint-activations {more}")
+    print(f"an image adds {image / 1e9:.2f}, with --checkpoint-activations {small_image / 1e9:.2f}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # The loop
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -1551,6 +1635,8 @@ def train(stage_name, typed, resume):
         stage.resumed()
         start, run, before, best = saved["update"], saved["run"] + 1, saved["seconds"], saved["best"]
 
+    if rank() == 0:
+        remove_leftovers(out)
     epoch = len(stage.train_rows) / settings.images  # updates
     print(describe(settings, players[0], epoch))
     alone = communication_seconds(players, settings)
@@ -1676,7 +1762,11 @@ def resume_command(stage_name, out):
 
 
 def main():
-    program = partial(train, *parse())
+    stage, typed, resume = parse()
+    if "plan" in typed:
+        plan(typed)
+        return
+    program = partial(train, stage, typed, resume)
     if "RANK" in os.environ:
         in_company(program)
     else:

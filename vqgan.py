@@ -499,6 +499,10 @@ def adaptive_weight(rec_loss, g_loss, last_layer, average=lambda gradient: gradi
 
         lambda = |grad_L rec_loss| / (|grad_L g_loss| + delta),   L the weight of the decoder's last layer; in [0, 10^4]
 
+    The gradient of rec_loss + lambda g_loss at L is g_r + lambda g_a. Neither term is to drown the other: |lambda g_a| = |g_r|
+    gives this quotient; delta keeps it finite when the adversary is silent. Both losses reach the rest of the decoder through L
+    only, so one layer is measured and not all.
+
     average: of the gradients of several processes that share a batch. Returns a number without gradient. Only the generator's
     term is weighted; D has a loss and an optimiser of its own.
     """

@@ -1,7 +1,8 @@
 """Performance, measured as ratios within one run:  python tests/bench.py
 
 training     images/s of the letters model, in float32 and bf16
-sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it
+sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it; letters and
+             latents
 solvers      error against evaluations on a Gaussian mixture, letters recognised against steps -> assets/solvers.png
 guidance     letters recognised and their variety against the scale, both guidances -> assets/guidance.png
 latent       the thesis's 400M model: one update at batch 1, one 256 x 256 picture; seconds and peak memory
@@ -39,6 +40,7 @@ from data import (
     pack_paintings,
     paint,
     rgb_to_lab,
+    side_by_side,
     to_tensor,
 )
 from ddpm import Diffusion, linear_schedule
@@ -54,7 +56,7 @@ from fid import (
     paintings_features,
 )
 from ldm import PixelDiffusion, build_latent
-from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps
+from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, variety
 from train import EMA, SIZES, FirstStage, Latent, Letters, checkpoint_activations
 from unet import letters_unet
 from vqgan import VQGAN, nearest_code
@@ -97,12 +99,26 @@ def bench_training(batch=64):
 
 
 def bench_sampling(batch=64, steps=50, rounds=2):
-    """In turns: PLMS with guidance, and as many evaluations of the bare network at the same batch and precision."""
-    model = letters_model().eval()
+    """PLMS with guidance, and as many evaluations of the bare network at the same batch and precision, step by step in turns.
+
+    The letters model and the small latent model, random weights.
+    """
+    for name, model in (("letters", letters_model()), ("latents", latent_model("small"))):
+        for bf16 in (False, True):
+            sampling, bare, inside = sampling_times(model.eval(), batch, steps, rounds, bf16)
+            what = f"sampling {name}, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
+            rate = f"{batch / sampling:.1f} images/s; {bare / sampling:.3f} of the images/s of {steps + 1} bare evaluations"
+            print(f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network", flush=True)
+
+
+@torch.no_grad()
+def sampling_times(model, batch, steps, rounds, bf16):
+    """Seconds of one sampling, of as many bare evaluations, and of the sampling inside the network: of every step the fastest
+    of the rounds."""
     network, inside = model.unet.forward, 0.0
-    y, seeds = np.arange(batch) % 26, np.arange(batch)
-    x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), torch.arange(2 * batch) % 27
-    x = x.contiguous(memory_format=torch.channels_last)
+    y, seeds = np.arange(batch) % model.zero_label, np.arange(batch)
+    x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), np.arange(2 * batch) % model.zero_label
+    x, condition = x.contiguous(memory_format=torch.channels_last), model.condition(torch.from_numpy(labels))
 
     def timed(*args, **kwargs):
         nonlocal inside
@@ -111,28 +127,24 @@ def bench_sampling(batch=64, steps=50, rounds=2):
         inside += time.perf_counter() - start
         return out
 
-    @torch.no_grad()
-    def bare(evaluations):
-        for _ in range(evaluations):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                network(x, t, y=labels)
+    def bare():
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            network(x, t, **condition)
 
+    bare()
+    times = np.zeros((3, rounds, steps))  # sampling, bare, inside
     model.unet.forward = timed
-    for bf16 in (False, True):
-        bare(2)
-        samplings, bares, outside = [], [], []
-        for _ in range(rounds):
+    for i in range(rounds):
+        path = denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16)
+        for j in range(steps):
             inside, start = 0.0, time.perf_counter()
-            list(denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16))
-            samplings.append(time.perf_counter() - start)
-            outside.append(1 - inside / samplings[-1])
-            start = time.perf_counter()
-            bare(steps + 1)
-            bares.append(time.perf_counter() - start)
-        name = f"sampling, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
-        ratio, outside = min(bares) / min(samplings), 100 * min(outside)
-        print(f"{name}: {batch / min(samplings):.1f} images/s; {ratio:.3f} of the images/s of {steps + 1} bare evaluations")
-        print(f"    {outside:.2f} % of the time outside the network")
+            next(path)
+            middle = time.perf_counter()
+            for _ in range(1 + (j == 0)):  # PLMS looks ahead once
+                bare()
+            times[:, i, j] = middle - start, time.perf_counter() - middle, inside
+    model.unet.forward = network
+    return times.min(1).sum(1)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -150,11 +162,15 @@ class Mixture:
         a = self.alpha_bar[t]
         return a.sqrt() * self.m, a * self.s**2 + 1 - a
 
+    def log_f(self, x, t):
+        """log f(y | x_t, t): from which of the two x_t comes, (B, 2)."""
+        mean, var = self.law(t)
+        return (self.w.log() - var.log() / 2 - (x[:, None] - mean) ** 2 / (2 * var)).log_softmax(1)
+
     def eps(self, x, t):
         mean, var = self.law(t)
-        z = (x[:, None] - mean) / var  # minus the score of each part
-        share = (self.w.log() - var.log() / 2 - (x[:, None] - mean) * z / 2).softmax(1)
-        return (1 - self.alpha_bar[t]).sqrt() * (share * z).sum(1)
+        each = (1 - self.alpha_bar[t]).sqrt() * (x[:, None] - mean) / var
+        return (self.log_f(x, t).exp() * each).sum(1)
 
     def quantiles(self, t, n):
         """The n values at the probabilities 1/2n, 3/2n, ... of x_t, by bisection."""
@@ -168,11 +184,11 @@ class Mixture:
         return x
 
 
-def bench_solvers(counts=(4, 6, 10, 16, 25, 50, 100), samples=200_000):
+def bench_solvers(counts=(5, 10, 15, 20, 50, 100), each=4, samples=200_000):
     """Writes assets/solvers.png. On the mixture: the mean distance of a sampler's values from the data's, both in order (the
     Wasserstein distance in one dimension); that of the random sampler includes 0.002 for the number of its samples."""
     mixture, generator, lines = Mixture(), torch.Generator().manual_seed(0), {}
-    for sampler in (ddpm, ddim, plms, dpm):
+    for sampler, name in NAMES.items():
         n = samples if sampler is ddpm else 2000
         noise = [lambda: torch.randn(samples, generator=generator, dtype=torch.float64)] if sampler is ddpm else []
         start, exact = mixture.quantiles(1000, n), mixture.quantiles(0, n)
@@ -180,21 +196,23 @@ def bench_solvers(counts=(4, 6, 10, 16, 25, 50, 100), samples=200_000):
         for steps in counts:
             *_, (_, x, _) = sampler(mixture.eps, start, timesteps(1000, steps), mixture.alpha_bar, *noise)
             errors.append((x.sort().values - exact).abs().mean().item())
-        lines[NAMES[sampler]] = [([steps + (sampler is plms) for steps in counts], errors)]
-        print(f"mixture, {NAMES[sampler]:15} " + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors)))
-    pictures = [chart(lines, "Error on a mixture of two Gaussians", "evaluations", "mean distance of sorted values")]
+        lines[name] = [([steps + (sampler is plms) for steps in counts], errors)]
+        print(f"mixture, {name:15} " + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors)))
+    title = "Error on a mixture of two Gaussians"
+    pictures = [chart(lines, title, "evaluations", "mean distance of sorted values", (940, 320))]
 
-    model, judge, lines = load(ASSETS / "letters.pt"), letters_judge(), {}
-    y = np.arange(26).repeat(4)
-    for sampler in (ddpm, ddim, plms, dpm):
-        how = {"sampler": sampler.__name__, "progress": False, "batch": len(y)}
-        shares = [judge(generate(model, y, steps=steps, **how), y) for steps in counts]
-        lines[NAMES[sampler]] = [([steps + (sampler is plms) for steps in counts], shares)]
-        print(
-            f"letters, {NAMES[sampler]:15} "
-            + "  ".join(f"{steps}: {100 * share:.1f} %" for steps, share in zip(counts, shares))
-        )
-    pictures.append(chart(lines, "Letters recognised, scale 2", "evaluations (each of both labels)", "share of 104 images"))
+    model, judge, rows, shown, names = load(ASSETS / "letters.pt"), letters_judge(), [], [], []
+    y = np.arange(26).repeat(each)
+    for steps in (5, 10, 20, 50):
+        for sampler, name in NAMES.items():
+            images = generate(model, y, sampler=sampler.__name__, steps=steps, bf16=True, progress=False)
+            rows.append({"label": f"{steps} steps", "set": name, "recognised": 100 * judge(images, y)})
+            print(f"letters, {name:15} {steps}: {rows[-1]['recognised']:.1f} %", flush=True)
+            if steps <= 10:
+                shown.append(images[:: 2 * each])
+                names.append(f"{name.split()[0]} {steps}")
+    pictures.append(bars(rows, "recognised", f"Letters recognised, % of {len(y)}", size=(940, 250)))
+    pictures.append(grid(np.concatenate(shown), 13, names, scale=2))
     stacked(pictures).save(ASSETS / "solvers.png")
 
 
@@ -206,21 +224,29 @@ def bench_guidance(scales=(1, 2, 5, 15), each=8):
     model, judge = load(ASSETS / "letters.pt"), letters_judge()
     classifier = load_classifier("runs/classifier", model)
     y, rows, shown, names = np.arange(26).repeat(each), [], [], []
-    letters = embedded_letters()
-    _, fonts = letters.split()
-    real = letters.images[fonts][np.argsort(letters.labels[fonts], kind="stable")].repeat(3, -1)
-    print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {variety(real, 26):.1f}")
+    real = validation_letters()
+    print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {letters_variety(real):.1f}")
     for name, guide in (("classifier-free", None), ("classifier", classifier)):
         for scale in scales:
-            images = generate(model, y, scale=scale, classifier=guide, progress=False, batch=len(y))
-            row = {"label": f"scale {scale}", "set": name, "accuracy": 100 * judge(images, y), "variety": variety(images, 26)}
+            images = generate(model, y, scale=scale, classifier=guide, bf16=True, progress=False)
+            row = {"label": f"scale {scale}", "set": name}
+            row |= {"accuracy": 100 * judge(images, y), "variety": letters_variety(images)}
             print(f"{name}, scale {scale}: {row['accuracy']:.1f} %, variety {row['variety']:.1f}", flush=True)
             rows.append(row)
-            shown.append(images[::each])
+            shown.append(images[:: 2 * each])
             names.append(f"{name} {scale}")
-    pictures = [grid(np.concatenate(shown), 26, names)]
-    pictures += [bars(rows, "accuracy", "Letters recognised, %"), bars(rows, "variety", "Distance of two images of a letter")]
+    pictures = [grid(np.concatenate(shown), 13, names, scale=2)]
+    size = (pictures[0].width // 2, 260)
+    charts = [bars(rows, *what, size=size) for what in (("accuracy", "Recognised, %"), ("variety", "Variety"))]
+    pictures.append(side_by_side(charts, ("", "")))
     stacked(pictures).save(ASSETS / "guidance.png")
+
+
+def validation_letters():
+    """(26 x 40, 32, 32, 3) uint8, in the order of the alphabet."""
+    letters = embedded_letters()
+    _, fonts = letters.split()
+    return letters.images[fonts][np.argsort(letters.labels[fonts], kind="stable")].repeat(3, -1)
 
 
 def letters_judge():
@@ -236,11 +262,9 @@ def letters_judge():
     return judge
 
 
-def variety(images, labels):
-    """Root mean square distance of two images of a label, in grey levels, averaged over all pairs and over the labels."""
-    x = torch.from_numpy(images).reshape(labels, -1, images[0].size).float() / images[0].size ** 0.5
-    n = x.shape[1]
-    return (torch.cdist(x, x).sum((1, 2)) / (n * (n - 1))).mean().item()
+def letters_variety(images):
+    """`variety` of images in the order of the alphabet, averaged over the letters."""
+    return variety(images.reshape(26, -1, *images.shape[1:])).mean()
 
 
 def stacked(pictures):
@@ -417,15 +441,15 @@ def bench_latent():
         print(f"latent, one 256 x 256 picture, PLMS-50, scale 2, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB")
 
 
-def latent_model():
-    first_stage = SIZES[FirstStage]["thesis"] | {"beta": 0.25, "released": False}
-    settings = SIZES[Latent]["thesis"] | {"size": 256, "first_stage_settings": first_stage, "attention_levels": None}
-    return build_latent(settings, list(COLOURS))
+def latent_model(size):
+    first_stage = SIZES[FirstStage][size] | {"beta": 0.25, "released": False}
+    settings = {"size": first_stage["size"], "first_stage_settings": first_stage, "attention_levels": None, "latent_scale": 1.0}
+    return build_latent(SIZES[Latent][size] | settings, list(COLOURS))
 
 
 def latent_update(bf16, again):
     """Peak memory in MiB, and seconds of the second update: forward, backward, clipping, AdamW, averaging."""
-    model = latent_model()
+    model = latent_model("thesis")
     if again:
         checkpoint_activations(model.unet)
     ema = EMA(model, 0.9999)
@@ -444,7 +468,7 @@ def latent_update(bf16, again):
 
 
 def latent_picture(bf16):
-    model = latent_model().eval()
+    model = latent_model("thesis").eval()
     start = time.perf_counter()
     generate(model, [2], steps=50, scale=2.0, bf16=bf16, progress=False)
     return peak_memory(), time.perf_counter() - start

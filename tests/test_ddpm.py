@@ -53,6 +53,50 @@ def hermite(n=3):
 # ---------------------------------------------------------------------------------------------------- chapter 2
 
 
+# A model with four latent values at one observed x, and two hundred guesses q(z)
+PRIOR, LIKELIHOOD = random_law(4, seed=5), torch.tensor([0.1, 0.4, 0.7, 0.2], dtype=torch.float64)
+JOINT = LIKELIHOOD * PRIOR  # p(z, x)
+EVIDENCE = JOINT.sum()  # p(x)
+POSTERIOR = JOINT / EVIDENCE  # p(z|x)
+Q = random_law(200, 4, seed=6)
+
+# A model with a continuous latent value: p(z) = N(0, 1), p(x|z) = N(z, 1); so p(x) = N(0, 2) and p(z|x) = N(x/2, 1/2)
+X, Z = torch.tensor(1.2, dtype=torch.float64), torch.linspace(-9, 9, 1801, dtype=torch.float64)
+
+
+def density(x, mean, var):
+    return torch.distributions.Normal(torch.as_tensor(mean, dtype=torch.float64), var**0.5).log_prob(x).exp()
+
+
+def on_grid(mean, var):
+    """N(mean, var) as probabilities of the cells of Z."""
+    return density(Z, mean, var) * (Z[1] - Z[0])
+
+
+def printed_l(q, joint):
+    """L(q) as eq. 2.15 prints it (E05)."""
+    return (q * q.log()).sum(-1) - (q * joint.log()).sum(-1)
+
+
+def test_eq_2_1_bayes_rule():
+    posterior = density(X, Z, 1) * on_grid(0, 1) / density(X, 0, 2)  # likelihood times prior over evidence
+    assert abs(kl_divergence(posterior, on_grid(X / 2, 0.5))) < 1e-12
+    assert kl_divergence(posterior, on_grid(0, 1)) > 0.1  # the prior is another law
+
+
+def test_eq_2_2_expected_value_as_a_sum_and_as_an_integral():
+    x, mu, sigma = torch.arange(256, dtype=torch.float64) / 127.5 - 1, 0.137, 0.1
+    p = discrete_log_likelihood(x, mu, torch.tensor(sigma)).exp()
+    assert (x * p).sum().item() == pytest.approx(mu, abs=1e-6)
+    assert torch.trapezoid(Z * density(Z, mu, sigma**2), Z).item() == pytest.approx(mu, abs=1e-6)
+
+
+def test_eq_2_3_expected_value_of_a_function():
+    """h = log(q/p), as a sum over values and as an integral that is known."""
+    q, p = on_grid(0.3, 0.49), on_grid(-1.0, 1.9)
+    torch.testing.assert_close(kl_divergence(q, p), gaussian_kl(0.3, 0.49, -1.0, 1.9).double(), rtol=1e-6, atol=0)
+
+
 def test_eq_2_4_kl_divergence_value_and_printed_sign():
     q, p = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.25, 0.75], dtype=torch.float64)
     right = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
@@ -66,6 +110,7 @@ def test_eq_2_5_is_the_other_direction():
     printed = (p * (q / p).log().neg()).sum()  # integral of log(p/q) p (E03)
     torch.testing.assert_close(printed, kl_divergence(p, q))
     assert abs(printed - kl_divergence(q, p)) > 1e-3
+    assert not torch.allclose(p.log() - q.log(), (p - q).abs().log())  # "take the log of" p - q, as the text says
 
 
 def test_eq_2_6_asymmetry_holds_in_general_not_always():
@@ -83,20 +128,88 @@ def test_eq_2_7_kl_is_never_negative_and_zero_only_for_equal_laws():
     torch.testing.assert_close(kl_divergence(q, q), torch.zeros(1000, dtype=torch.float64))
 
 
-def test_eq_2_10_to_2_21_elbo():
-    joint = random_law(12, seed=5).view(4, 3)[:, 1]  # p(z, x) at the observed x
-    evidence = joint.sum()  # eq. 2.8
-    posterior = joint / evidence  # eq. 2.12
-    q = random_law(200, 4, seed=6)
-    divergence = kl_divergence(q, posterior)  # eq. 2.11
-    torch.testing.assert_close(divergence, -elbo(q, joint) + evidence.log())  # eq. 2.16
-    assert (elbo(q, joint) <= evidence.log()).all()  # eq. 2.18
-    torch.testing.assert_close(elbo(posterior, joint), evidence.log())  # eq. 2.21: the best q is the posterior
-    printed = (q * q.log()).sum(-1) - (q * joint.log()).sum(-1)  # eq. 2.15 (E05)
-    torch.testing.assert_close(printed, -elbo(q, joint))
-    assert (printed > evidence.log()).all()  # as printed it would be no lower bound
-    # dropping log p(x), as 2.20 does, is right only while p is fixed: it shifts, it does not vanish (E06)
-    assert not torch.isclose(divergence, -elbo(q, joint)).any()
+def test_eq_2_8_evidence_is_the_integral_over_z():
+    joint = density(X, Z, 1) * on_grid(0, 1)
+    torch.testing.assert_close(joint.sum(), density(X, 0, 2))
+    torch.testing.assert_close(elbo(on_grid(X / 2, 0.5), joint).exp(), density(X, 0, 2))  # and what the best bound reaches
+
+
+def test_eq_2_9_a_simple_q_for_a_posterior_with_two_peaks():
+    """No Gaussian is that posterior, and the two directions of KL choose different ones: 2.10 a peak, 2.5 the middle (E03)."""
+    posterior = (on_grid(-2, 0.25) + on_grid(2, 0.25)) / 2
+    candidates = [(m, s) for m in np.linspace(-3, 3, 25) for s in (0.3, 0.5, 1.0, 2.0, 3.0)]
+    q = torch.stack([on_grid(m, s**2) for m, s in candidates])
+    assert kl_divergence(q, posterior).min() > 0.5
+    assert abs(candidates[kl_divergence(q, posterior).argmin()][0]) == 2
+    assert candidates[kl_divergence(posterior, q).argmin()] == (0, 2)
+
+
+def test_eq_2_10_the_smallest_divergence_is_at_the_posterior():
+    candidates = [(m, v) for m in np.linspace(-1, 1.4, 25) for v in (0.25, 0.5, 1.0, 2.0)]
+    divergence = [kl_divergence(on_grid(m, v), on_grid(X / 2, 0.5)).item() for m, v in candidates]
+    assert candidates[int(np.argmin(divergence))] == (pytest.approx(0.6), 0.5)
+
+
+def test_eq_2_11_over_several_axes():
+    """The integral runs over all axes of z; for independent ones the divergences add."""
+    q, p = random_law(2, 5, seed=1), random_law(2, 5, seed=2)
+    together = kl_divergence(torch.outer(*q).flatten(), torch.outer(*p).flatten())
+    torch.testing.assert_close(together, kl_divergence(q, p).sum())
+
+
+def test_eq_2_12_posterior_from_the_joint():
+    assert kl_divergence(POSTERIOR, LIKELIHOOD * PRIOR / EVIDENCE) == 0
+    torch.testing.assert_close(kl_divergence(POSTERIOR, JOINT), -EVIDENCE.log())  # what forgetting the evidence costs
+
+
+def test_eq_2_13_the_joint_inserted():
+    inserted = (Q * (Q * EVIDENCE / JOINT).log()).sum(-1)
+    torch.testing.assert_close(kl_divergence(Q, POSTERIOR), inserted)
+
+
+def test_eq_2_14_split_into_a_tractable_and_an_intractable_term():
+    torch.testing.assert_close(kl_divergence(Q, POSTERIOR), (Q * (Q / JOINT).log()).sum(-1) + EVIDENCE.log())
+    torch.testing.assert_close(elbo(Q, JOINT), -(Q * (Q / JOINT).log()).sum(-1))  # the first term is -L(q) (E05)
+
+
+def test_eq_2_15_is_printed_with_the_opposite_sign():
+    torch.testing.assert_close(printed_l(Q, JOINT), -elbo(Q, JOINT))  # E05
+
+
+def test_eq_2_16_divergence_is_evidence_minus_bound():
+    torch.testing.assert_close(kl_divergence(Q, POSTERIOR), -elbo(Q, JOINT) + EVIDENCE.log())
+    assert not torch.isclose(kl_divergence(Q, POSTERIOR), -printed_l(Q, JOINT) + EVIDENCE.log()).any()  # E05
+
+
+def test_eq_2_17_is_not_negative():
+    assert (-elbo(Q, JOINT) + EVIDENCE.log() >= 0).all()
+    assert (-printed_l(Q, JOINT) + EVIDENCE.log() < 0).all()  # E05
+
+
+def test_eq_2_18_lower_bound_of_the_evidence():
+    assert (EVIDENCE.log() >= elbo(Q, JOINT)).all()
+    assert (EVIDENCE.log() < printed_l(Q, JOINT)).all()  # E05: as printed it would be no lower bound
+
+
+def test_eq_2_19_elbo_by_hand():
+    q, joint = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([0.1, 0.3], dtype=torch.float64)
+    assert elbo(q, joint).item() == pytest.approx(0.5 * math.log(0.1) + 0.5 * math.log(0.3) + math.log(2))
+
+
+def test_eq_2_20_the_evidence_is_constant_only_while_the_model_is():
+    """Struck out, log p(x) is gone from differences between two q, not from the equation; and it moves with theta (E06)."""
+    divergence, bound = kl_divergence(Q, POSTERIOR), elbo(Q, JOINT)
+    torch.testing.assert_close(divergence[1:] - divergence[0], bound[0] - bound[1:])
+    assert not torch.isclose(divergence, -bound).any()
+    better = 1.4 * LIKELIHOOD * PRIOR  # another theta: the same posterior, so the same divergence, and a larger bound
+    torch.testing.assert_close(kl_divergence(Q, better / better.sum()), divergence)
+    torch.testing.assert_close(elbo(Q, better), bound + math.log(1.4))
+
+
+def test_eq_2_21_the_largest_bound_is_the_smallest_divergence():
+    assert elbo(Q, JOINT).argmax() == kl_divergence(Q, POSTERIOR).argmin()
+    torch.testing.assert_close(elbo(POSTERIOR, JOINT), EVIDENCE.log())
+    assert (elbo(Q, JOINT) < elbo(POSTERIOR, JOINT)).all()
 
 
 def test_gaussian_kl_by_quadrature():
@@ -139,17 +252,37 @@ def test_tables(name):
 # ---------------------------------------------------------------------------------------------------- 3.5.1, 3.5.2
 
 
-def test_eq_3_8_step_mean_and_variance():
-    x, t = torch.tensor([[2.0]], dtype=torch.float64), 300
+def test_eq_3_6_the_transition_is_gaussian_and_the_data_are_not():
+    """x_0 is -1 or 1: two points are no Gaussian, and x_t becomes one only on the way (E19). Kurtosis is 3 for a Gaussian."""
     noise, weight = hermite()
-    x_t = D.q_step(x, t, noise[:, None])[:, 0]
-    beta = D.beta[t]
+
+    def kurtosis(x, weight):
+        mean = (weight * x).sum()
+        return ((weight * (x - mean) ** 4).sum() / (weight * (x - mean) ** 2).sum() ** 2).item()
+
+    both = [D.q_sample(torch.tensor([[-1.0], [1.0]], dtype=torch.float64), t, noise).flatten() for t in (0, 1, 300, 1000)]
+    kurtoses = [kurtosis(x_t, weight.repeat(2) / 2) for x_t in both]
+    assert kurtoses == sorted(kurtoses) and kurtoses[0] == pytest.approx(1) and kurtoses[-1] == pytest.approx(3, abs=1e-6)
+    assert kurtosis(D.q_step(torch.ones_like(noise), 1, noise), weight) == pytest.approx(3)
+
+
+def test_eq_3_7_mean_and_variance_of_a_step():
+    noise, weight = hermite()
+    x, t = torch.full_like(noise, 2.0), 300
+    x_t = D.q_step(x, t, noise)
     mean = (weight * x_t).sum()
-    torch.testing.assert_close(mean, (1 - beta).sqrt() * 2)
-    torch.testing.assert_close((weight * (x_t - mean) ** 2).sum(), beta)
-    assert not torch.isclose(mean, (1 - beta).sqrt() * mean)  # 3.7 with x_t on the right would need mean = 0 (E20)
-    printed = (1 - beta).sqrt() * x + beta * noise[:, None]  # "mu + Sigma xi" (E23)
-    assert not torch.isclose((weight * (printed[:, 0] - mean) ** 2).sum(), beta)
+    torch.testing.assert_close(mean, (1 - D.beta[t]).sqrt() * 2)
+    torch.testing.assert_close((weight * (x_t - mean) ** 2).sum(), D.beta[t])
+    assert not torch.isclose(mean, (1 - D.beta[t]).sqrt() * mean)  # with x_t on the right, as printed, mean = 0 (E20)
+
+
+def test_eq_3_8_one_step_of_noise():
+    """x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) xi: the deviation multiplies the noise, not the variance."""
+    x, noise, t = randn(4, 3), randn(4, 3, seed=1), torch.tensor([1, 2, 500, 1000])
+    beta = D.beta[t][:, None]
+    torch.testing.assert_close(D.q_step(x, t, noise), (1 - beta).sqrt() * x + beta.sqrt() * noise)
+    printed = (1 - beta).sqrt() * x + beta * noise  # "x = mu + Sigma xi" (E23)
+    assert (D.q_step(x, t, noise) - printed).abs().min() > 1e-4
 
 
 def test_eq_3_9_closed_form_equals_the_steps():
@@ -199,6 +332,27 @@ def test_tables_take_one_t_for_all_or_one_an_image():
 
 
 # ---------------------------------------------------------------------------------------------------- 3.5.3
+
+
+@pytest.mark.parametrize("t", [3, 6, 9])
+def test_eq_3_11_the_reverse_step_of_known_data(t):
+    """For data at -1 and 1 the law of x_{t-1} is known, and so is q(x_{t-1} | x_t), by quadrature: mu_theta at the exact eps is
+    its mean. It is another law than 3.12, which knows x_0 (E28): that mean is elsewhere and that variance smaller.
+    """
+    d, x_t = Diffusion(linear_schedule(10, 0.05, 0.5)), torch.tensor([0.1], dtype=torch.float64)
+    x_0, share = torch.tensor([-1.0, 1.0], dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)
+
+    def log_joint(x, t):  # of x_t and both x_0
+        return share.log() - (x[:, None] - d.alpha_bar[t].sqrt() * x_0) ** 2 / (2 * (1 - d.alpha_bar[t]))
+
+    x = torch.linspace(-8, 8, 200_001, dtype=torch.float64)  # x_{t-1}
+    log_forward = -((x_t - d.alpha[t].sqrt() * x) ** 2) / (2 * d.beta[t])
+    reverse = (log_forward + log_joint(x, t - 1).logsumexp(1)).softmax(0)  # q(x_t) is the constant that normalises
+    mean = (reverse * x).sum()
+    eps = d.predict_eps(x_t, t, (log_joint(x_t, t).softmax(1) * x_0).sum())
+    torch.testing.assert_close(d.mu_theta(x_t, t, eps)[0], mean, rtol=1e-6, atol=1e-8)
+    mu, var = d.posterior(x_t, x_0, t)
+    assert (mu - mean).abs().min() > 0.05 and (reverse * (x - mean) ** 2).sum() > 1.04 * var
 
 
 @pytest.mark.parametrize("t", [2, 10, 300, 999])
@@ -313,6 +467,25 @@ def test_eq_3_15_l_T_is_the_kl_to_the_prior():
     expected = 0.5 * (a * x_0**2 - a - (1 - a).log()).mean(1) / math.log(2)
     torch.testing.assert_close(D.prior_term(x_0), expected)
     assert D.prior_term(x_0).max() < 1e-4
+
+
+def test_eq_3_13_the_gap_of_the_bound_is_the_divergence_of_the_trajectories():
+    """log p_theta(x_0) = D( q(x_{1:T} | x_0) || p_theta(x_{1:T} | x_0) ) - bound, with T = 2, on a grid of trajectories."""
+    d, x_0 = Diffusion(linear_schedule(2, 0.3, 0.6)), torch.tensor([[0.8]], dtype=torch.float64)
+    eps, grid = gaussian_eps(d, 0.5, 0.7), torch.linspace(-7, 7, 701, dtype=torch.float64)
+    x_1, x_2, cell = grid[:, None], grid[None, :], (grid[1] - grid[0]) ** 2
+    q = density(x_1, d.alpha[1].sqrt() * x_0, d.beta[1]) * density(x_2, d.alpha[2].sqrt() * x_1, d.beta[2])
+    p = density(x_2, 0, 1) * density(x_1, d.mu_theta(x_2, 2, eps(x_2, 2)), d.beta[2])
+    p = p * density(x_0, d.mu_theta(x_1, 1, eps(x_1, 1)), d.beta[1])  # p_theta(x_{0:2}) at this x_0
+    evidence = p.sum() * cell
+    divergence = kl_divergence((q * cell).flatten(), (p / evidence * cell).flatten())
+    noise, weight = hermite()
+    x_1 = d.q_sample(x_0, 1, noise[:, None])
+    l_0 = -(density(x_0, d.mu_theta(x_1, 1, eps(x_1, 1)), d.beta[1]).log()[:, 0] * weight).sum()
+    l_1 = (weight * d.bound_term(eps, x_0.expand(3, 1), 2, noise[:, None], "beta")).sum() * math.log(2)
+    bound = l_0 + l_1 + d.prior_term(x_0)[0] * math.log(2)
+    torch.testing.assert_close(evidence.log(), divergence - bound, rtol=1e-6, atol=1e-6)
+    assert divergence > 0.01  # eq. 3.14
 
 
 def test_eq_3_14_and_3_15_the_bound_is_tight_for_the_exact_reverse_chain():

@@ -1,17 +1,20 @@
 """Section 5.2 and the loop: what an update sees, the average, exact resume, and a run through the command line."""
 
 import os
+import pickle
 import resource
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import equal_tensors, newest_checkpoint
 from PIL import Image
 
 import train
-from conftest import equal_tensors, newest_checkpoint
-from data import open_letters, rows_of_update
+from data import TABLE_4_1, open_letters, rows_of_update
 from fid import kernel_distance, letters_features
 from ldm import load_model
 from sample import generate
@@ -112,6 +115,23 @@ def test_ema_averages_parameters_with_warm_up_and_leaves_tables_alone():
         torch.testing.assert_close(next(s.model.parameters()), first[0] + 1)
         assert torch.equal(s.model.diffusion.alpha_bar, table)
     assert set(ema.state_dict()) == {name for name, _ in s.model.named_parameters()}
+
+
+def test_e62_averaging_does_not_train():
+    """5.2: "further trained using a copy of the weight". The copy follows; what is trained, and its loss, stay as they are."""
+    s = stage(overfit=8)
+    ema, before = EMA(s.model, 0.9), s.loss(0).item()
+    raw = [p.clone() for p in s.model.parameters()]
+    for n in range(20):
+        ema.update(n)
+    assert all(torch.equal(a, b) for a, b in zip(raw, s.model.parameters())) and s.loss(0).item() == before
+
+
+def test_e62_an_epoch_of_small_batches_is_more_updates():
+    """5.3.1 compares two models at epoch 14: the one with batch 12 has had 5.3 times the updates of the one with batch 64."""
+    images = sum(TABLE_4_1)
+    assert (images // 64, images // 12) == (308, 1647) and images // 12 / (images // 64) == pytest.approx(5.3, abs=0.05)
+    assert 300 * (images // 64) == 92_400  # updates of the thesis's run
 
 
 def test_averaged_weights_are_really_used_under_autocast():
@@ -303,6 +323,77 @@ def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
     assert "cannot write" in error and "nothing was changed" in error
     assert contents(undisturbed) == before
     assert [p.name for p in undisturbed.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.fixture
+def copied(undisturbed, tmp_path):
+    """A finished run that may be damaged."""
+    return Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+
+
+def test_the_two_newest_checkpoints_are_kept_and_the_older_one_helps_out(run, undisturbed, copied):
+    """A run whose newest checkpoint is damaged goes on from the one before, and comes to the same weights."""
+    newest, older = train.checkpoints(copied)
+    assert (newest.name, older.name) == ("checkpoint_00000012", "checkpoint_00000008")
+    tensors = newest / "__0_0.distcp"
+    for damage in (lambda: (newest / ".metadata").unlink(), lambda: tensors.write_bytes(tensors.read_bytes()[:5000])):
+        damage()
+        code, text, err = run("train", "--stage", "letters", "--resume", "--out", copied)
+        assert code == 0, err
+        assert "trying the one before" in text
+        assert equal_tensors(newest_checkpoint(copied)[1], newest_checkpoint(undisturbed)[1])
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("file", [".metadata", "run.pt", "__0_0.distcp"])
+def test_a_checkpoint_that_would_run_code_is_refused(refused, copied, monkeypatch, file):
+    monkeypatch.chdir(copied)
+    for path in train.checkpoints(copied):
+        if file == ".metadata":
+            (path / file).write_bytes(pickle.dumps(Harmful()))
+        elif file == "run.pt":
+            torch.save({"settings": Harmful()}, path / file)
+        else:
+            with (path / file).open("r+b") as tensors:
+                torch.save(Harmful(), tensors)
+    assert "can be read" in refused("train", "--stage", "letters", "--resume", "--out", copied)
+    assert not (copied / "harm").exists()
+
+
+def test_leftovers_of_killed_saves_go(run, copied):
+    (copied / ".checkpoint_00000016").mkdir()
+    (copied / ".old-checkpoint_00000004").mkdir()
+    (copied / ".123-model.pt").write_bytes(b"half")
+    assert run("train", "--stage", "letters", "--resume", "--out", copied)[0] == 0
+    assert not list(copied.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--batch", 5), "an update of this run has 16 images; 1 processes x --accumulate 1 x --batch 5 are 5"),
+        (("--accumulate", 3), "an update of this run has 16 images; 1 processes x --accumulate 3 x --batch 5 are 15"),
+        (("--strategy", "fsdp"), "--strategy fsdp: for --stage ldm"),
+    ],
+)
+def test_a_resumed_run_keeps_its_images_an_update(refused, copied, words, message):
+    assert message in refused("train", "--stage", "letters", "--resume", "--out", copied, *words)
+
+
+def test_accumulated_batches_are_one_update(run, undisturbed, tmp_path):
+    """Four batches of 4 images give the losses of one of 16, and a run may change from one to the other."""
+    how = ("--batch", 4, "--accumulate", 4, "--updates", 12, "--out", tmp_path / "run")
+    code, text, err = run("train", *SMALL, "--save-every", 4, "--validate-every", 4, "--preview-every", 100, *how)
+    assert code == 0, err
+    assert "updates of 16 = 4 batches x 4 images" in text
+    one, two = (list(train.csv.DictReader((out / "log.csv").open())) for out in (undisturbed, tmp_path / "run"))
+    for a, b in zip(one, two):
+        for column in ("train_loss", "train_grad_norm", "validation_loss"):
+            assert float(a[column] or 0) == pytest.approx(float(b[column] or 0), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -55,10 +55,13 @@ def test_fig_4_6_as_printed_is_one_number_or_an_error():
 
 
 def test_other_orders_and_divisors_are_other_encodings():
+    """E43, E45: the orders of 4.3.2 and fig. 4.6 are permutations of this one, the divisor of fig. 4.6 is another encoding."""
     t, d = torch.tensor([17]), 8
     pe = timestep_embedding(t, d)
     half = d // 2
     assert not torch.allclose(pe, pe.roll(half, dims=-1))  # [sin | cos] of fig. 4.6: a permutation, not the same
+    printed = torch.stack([pe[0, :half], pe[0, half:]], dim=1).flatten()  # cos at 2i, sin at 2i + 1; [14] has them swapped
+    assert printed.sort().values.equal(pe[0].sort().values) and not torch.allclose(printed, pe[0])
     fig = torch.exp(-math.log(10_000) * torch.arange(half) / (half - 1))  # its divisor half - 1
     assert not torch.allclose(pe[0, :half], (17 * fig).cos(), atol=1e-2)
 

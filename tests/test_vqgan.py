@@ -359,8 +359,9 @@ def test_eq_3_2_gan_objective():
     torch.testing.assert_close(loss(best), np.log(2) - js)
     assert all(loss(best + 0.1 * torch.randn(3, dtype=torch.float64)) > loss(best) for _ in range(20))
     real, fake = torch.tensor([0.3, 2.0]), torch.tensor([-1.0, 0.5])
-    written = -(torch.sigmoid(real).log().mean() + (1 - torch.sigmoid(fake)).log().mean()) / 2
-    torch.testing.assert_close(discriminator_loss(real, fake, "vanilla"), written)
+    printed = torch.sigmoid(real).log().mean() + (1 - torch.sigmoid(fake)).log().mean()  # 3.4.1's "discriminator loss"
+    torch.testing.assert_close(discriminator_loss(real, fake, "vanilla"), -printed / 2)
+    assert discriminator_loss(real, fake, "vanilla") < discriminator_loss(fake, real, "vanilla")  # printed, the wrong D wins
 
 
 def test_e10_generator_loss_does_not_saturate():

@@ -1,0 +1,279 @@
+"""Section 4.7: two processes compute what one does, with DDP and with FSDP; checkpoints open everywhere.
+
+All two-process runs are made by one torchrun, of this file, in which every process goes through `PLAN`.
+"""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import newest_checkpoint
+from PIL import Image
+
+import train
+from data import COLOURS
+from ldm import build_first_stage, build_latent, load_model, save_model
+
+FIRST = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (), "z_channels": 4, "groups": 2, "codes": 16}
+FIRST |= {"bottleneck": "vq", "beta": 0.25, "released": False, "kl_weight": 1e-6, "size": 16, "quantise_from": 0}
+COMMON = ("--device", "cpu", "--precision", "float32", "--updates", 20, "--validate-every", 2, "--save-every", 50)
+COMMON += ("--preview-every", 50, "--seed", 3)
+LDM = ("--stage", "ldm", *COMMON, "--multipliers", 1, 1, "--context-channels", 16, "--T", 2, "--model", "small", "--warmup", 5)
+LETTERS = ("--stage", "letters", *COMMON, "--channels", 16, "--multipliers", 1, 1, "--overfit", 27, "--T", 2)
+VQGAN = ("--stage", "vqgan", *COMMON, "--channels", 8, "--multipliers", 1, 2, "--size", 16, "--codes", 16, "--perceptual", 0)
+VQGAN += ("--quantise-from", 3, "--disc-start", 5, "--disc-channels", 8)
+
+# name: stage, how, the update after which process 0 gets SIGTERM, what then goes on with it
+PLAN = {
+    "ddp": (LDM, ("--strategy", "ddp", "--batch", 2)),
+    "fsdp": (LDM, ("--strategy", "fsdp", "--batch", 2)),
+    "offload": (LDM, ("--strategy", "fsdp", "--batch", 2, "--cpu-offload")),
+    "ddp-parts": (LDM, ("--strategy", "ddp", "--batch", 1, "--accumulate", 2)),
+    "fsdp-parts": (LDM, ("--strategy", "fsdp", "--batch", 1, "--accumulate", 2, "--checkpoint-activations")),
+    "letters-ddp": (LETTERS, ("--batch", 2)),
+    "vqgan-ddp": (VQGAN, ("--batch", 2)),
+}
+SINGLE = {"single": LDM, "letters": LETTERS, "vqgan": VQGAN}
+
+
+def run_until(name, arguments, data, out, stop=None, resume=False):
+    """A training run in this process, which gets SIGTERM after update `stop`, if it is process 0."""
+    update = train.EMA.update
+
+    def interrupted(ema, n):
+        update(ema, n)
+        if n == stop and train.rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sets = () if resume or arguments[1] == "letters" else ("--data", data / "pictures")
+    sets += ("--first-stage", data / "first.pt") if arguments[1] == "ldm" and not resume else ()
+    train.EMA.update = interrupted
+    try:
+        words = [*arguments, *sets, "--out", out / name, *(["--resume"] if resume else [])]
+        train.train(*train.parse([str(word) for word in words]))
+    except SystemExit as end:
+        assert end.code == 128 + signal.SIGTERM and stop
+    finally:
+        train.EMA.update = update
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def going_on(strategy=None):
+    how = ("--strategy", strategy) if strategy else ()
+    return ("--stage", "ldm", *how)
+
+
+def with_plain_sgd(name, arguments, data, out):
+    """No step of AdamW, which makes a large difference of a small one where a gradient is near 0."""
+    adamw = torch.optim.AdamW
+    torch.optim.AdamW = lambda parameters, lr, **how: torch.optim.SGD(parameters, lr=lr)
+    try:
+        run_until(name, (*arguments, "--lr", 0.1), data, out)
+    finally:
+        torch.optim.AdamW = adamw
+
+
+def in_two_processes(data, out):
+    """What every process of the torchrun below does."""
+    for name, (stage, how) in PLAN.items():
+        run_until(name, stage + how, data, out)
+    for strategy in ("ddp", "fsdp"):
+        with_plain_sgd(f"{strategy}-sgd", (*LDM, "--strategy", strategy, "--batch", 2), data, out)
+    run_until("two-to-one", (*LDM, "--strategy", "fsdp", "--batch", 2), data, out, stop=10)
+    run_until("one-to-two", going_on("fsdp"), data, out, resume=True)
+    run_until("fsdp-to-ddp", (*LDM, "--strategy", "fsdp", "--batch", 2), data, out, stop=10)
+    run_until("fsdp-to-ddp", going_on("ddp"), data, out, resume=True)
+    settings = train.Latent(**newest_checkpoint_settings(out / "fsdp"))
+    (out / f"shares-{train.rank()}.json").write_text(json.dumps(shares_of(settings, out / "fsdp")))
+
+
+def newest_checkpoint_settings(run):
+    return train.newest_progress(run)["settings"]
+
+
+def shares_of(settings, run):
+    """What this process keeps of a resumed FSDP run, as shares of the whole: weights, gradients, moments, average."""
+    stage = train.LatentStage(settings)
+    [player] = players = stage.players()
+    train.parallel(players, settings, 0)
+    player.parameters = [p for p in player.network.parameters() if p.requires_grad]
+    player.optimizer = torch.optim.AdamW(player.parameters, 1e-3, fused=True)
+    ema = train.EMA(stage.model, 0.9)
+    train.load_checkpoint(run, players, ema, stage)
+    stage.resumed()
+    player.loss(0, slice(train.rank(), None, train.world())).backward()
+    gradients = [p.grad for p in player.parameters]
+    player.optimizer.step()
+    moments = [player.optimizer.state[p]["exp_avg_sq"] for p in player.parameters]
+    sets = {"weights": player.parameters, "gradients": gradients, "moments": moments, "average": ema.average}
+    return {
+        name: sum(x.to_local().numel() for x in tensors) / sum(x.numel() for x in tensors) for name, tensors in sets.items()
+    }
+
+
+def lose_a_process(data, out):
+    """Process 1 is killed after three updates."""
+    update = train.EMA.update
+
+    def killed(ema, n):
+        update(ema, n)
+        if n == 3 and train.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train.EMA.update = killed
+    train.train(*train.parse([str(word) for word in (*LETTERS, "--save-every", 2, "--batch", 2, "--out", out / "lost")]))
+
+
+if __name__ == "__main__":
+    what, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    train.in_company(lambda: globals()[what](data, out))
+
+
+# ---------------------------------------------------------------------------------------------------- tests
+
+
+def torchrun(*arguments, file=__file__, **how):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, file, *arguments]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, **how)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Small pictures in folders named after the colours, and an untrained first stage."""
+    root, g = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for i in range(24):
+        folder = root / "pictures" / list(COLOURS)[i % 8]
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(g.integers(0, 256, (4, 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    torch.manual_seed(0)
+    model = build_first_stage(FIRST)
+    save_model(root / "first.pt", "vqgan", FIRST, [], 1, {"ema": model.state_dict(), "raw": model.state_dict()})
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Every run of `PLAN` by two processes, and their single-process twins at the same number of images an update."""
+    out = tmp_path_factory.mktemp("runs")
+    for name, stage in SINGLE.items():
+        run_until(name, (*stage, "--batch", 4), data, out)
+    with_plain_sgd("sgd", (*LDM, "--batch", 4), data, out)
+    run_until("one-to-two", (*LDM, "--batch", 4), data, out, stop=10)
+    done = torchrun(in_two_processes.__name__, data, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_until("two-to-one", going_on(), data, out, resume=True)
+    return out
+
+
+def curve(run, *columns):
+    rows = list(csv.DictReader((run / "log.csv").open()))
+    assert [int(row["update"]) for row in rows] == list(range(2, 22, 2))
+    return np.array([[float(row[column] or "nan") for column in columns] for row in rows])
+
+
+CURVES = ("train_loss", "train_grad_norm", "validation_loss", "validation_loss_ema")
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp-parts"])
+def test_e57_ddp_averages_gradients_before_the_step(runs, name):
+    """Losses, gradient norms, validation: those of one process with the same images, to five digits and more."""
+    np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "offload", "fsdp-parts"])
+def test_e59_fsdp_gathers_weights_and_scatters_gradients(runs, name):
+    np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5)
+
+
+def test_the_other_stages_in_two_processes(runs):
+    np.testing.assert_allclose(curve(runs / "letters-ddp", *CURVES), curve(runs / "letters", *CURVES), rtol=1e-5)
+    one, two = (curve(runs / name, "train_loss", "validation_loss") for name in ("vqgan", "vqgan-ddp"))
+    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)
+    np.testing.assert_allclose(two, one, rtol=0.1)  # the adversary has joined: its norms are of a process's own images
+
+
+@pytest.mark.parametrize("name", ["ddp-sgd", "fsdp-sgd"])
+def test_weights_with_plain_sgd_equal_those_of_one_process(runs, name):
+    one, two = (newest_checkpoint(runs / run)[1] for run in ("sgd", name))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["two-to-one", "one-to-two", "fsdp-to-ddp"])
+def test_a_run_goes_on_with_other_processes_and_another_strategy(runs, name):
+    assert {row["run"] for row in csv.DictReader((runs / name / "log.csv").open())} == {"1", "2"}
+    found, expected = curve(runs / name, *CURVES), curve(runs / "single", *CURVES)
+    expected[4, 2:] = np.nan  # an interrupted run does not stay to validate
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_e59_every_process_keeps_half_of_everything(runs):
+    """Not layer 0 here and layer 1 there: a share of every weight, and of its gradient, moments and average."""
+    shares = [json.loads((runs / f"shares-{rank}.json").read_text()) for rank in range(2)]
+    for kind in ("weights", "gradients", "moments", "average"):
+        assert sum(share[kind] for share in shares) == pytest.approx(1)
+        assert max(share[kind] for share in shares) < 0.51
+
+
+def test_e58_what_a_process_holds():
+    """395 M weights, gradients and moments are 6.3 GB, with average and first stage 8.2 GB, and fit on 11 GB (E58: "any of them
+    can accommodate the complete model" is meant as none): it is the images that do not. Offloading moves none of these."""
+    parameters, frozen = 394_988_804, 67_717_295
+    one = train.memory_per_process(parameters, 31_000_000, frozen, "single")
+    assert 4 * (one["weights"] + one["gradients"] + one["moments"]) == 16 * parameters == pytest.approx(6.3e9, rel=0.01)
+    assert 4 * sum(one.values()) == pytest.approx(8.2e9, rel=0.01) and one["gathered"] == 0
+    two, off = (train.memory_per_process(parameters, 31_000_000, frozen, "fsdp", 2, offload) for offload in (False, True))
+    assert all(two[kind] == one[kind] / 2 for kind in ("weights", "gradients", "moments", "average"))
+    assert sum(off.values()) == two["gathered"] + frozen
+
+    torch.manual_seed(0)
+    settings = train.SIZES[train.Latent]["small"] | {"attention_levels": None, "latent_scale": 1.0, "size": 16}
+    model = build_latent(settings | {"first_stage_settings": FIRST}, list(COLOURS))
+    (one, few), (two, less), (three, least) = (train.activation_bytes(model, batch) for batch in (1, 2, 3))
+    assert three - two == pytest.approx(two - one, rel=1e-3) and least - less == pytest.approx(less - few, rel=1e-3)
+    assert 0 < less - few < (two - one) / 3
+
+
+def test_a_sharded_run_opens_in_one_process(runs):
+    """model.pt holds whole tensors: raw and averaged weights equal those of the checkpoint, the file samples."""
+    progress, tensors = newest_checkpoint(runs / "fsdp")
+    for weights, prefix in (("raw", "train."), ("ema", "ema.")):
+        state = load_model(runs / "fsdp", weights).state_dict()
+        of_run = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        assert len(of_run) > 50 and all(torch.equal(state[name], value) for name, value in of_run.items())
+    assert progress["update"] == 20 and progress["settings"]["processes"] == 2
+
+
+def test_the_log_has_time_communication_and_memory(runs):
+    for name in ("ddp", "fsdp"):
+        assert (curve(runs / name, "update_seconds", "communication", "memory") > 0).all()
+    assert (curve(runs / "single", "communication") == 0).all()
+
+
+def test_a_lost_process_ends_the_run_with_one_line(data, tmp_path):
+    done = torchrun(lose_a_process.__name__, data, tmp_path, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(lines) == 1 and "process 1 of 2" not in lines[0], done.stderr
+    assert "another one is gone; --resume goes on from the last checkpoint" in lines[0]
+    assert newest_checkpoint(tmp_path / "lost")[0]["update"] == 2
+
+
+def test_torchrun_and_bad_input(tmp_path):
+    """One line, from process 0, exit code 2; nothing is written."""
+    for words, message in ((("--stage", "letters", "--strategy", "single"), "torchrun started 2 processes; ddp or fsdp"),):
+        done = torchrun(*words, "--out", tmp_path / "run", file=Path(train.__file__), cwd=tmp_path)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
+    assert list(tmp_path.iterdir()) == []
