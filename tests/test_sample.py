@@ -401,7 +401,7 @@ def test_e47_a_classifier_must_have_learnt_noised_images():
     mixture, clean, y, x = Mixture(), Mixture(), torch.tensor([0, 1]).repeat(50), randn(100)
     clean.log_f = lambda x, t: mixture.log_f(x, 0)
     for t in (300, 600):
-        alone = exact_eps(x, t, m=mixture.m[y])
+        alone = exact_eps(x, t, mixture.m[y], mixture.s[y])
         torch.testing.assert_close(with_classifier(mixture.eps, classifier_gradient(mixture, y), 1.0, A)(x, t), alone)
         assert (with_classifier(mixture.eps, classifier_gradient(clean, y), 1.0, A)(x, t) - alone).abs().mean() > 0.1
 
