@@ -37,6 +37,7 @@ from data import (
     grid,
     open_letters,
     open_paintings,
+    picture_name,
     rng,
     rows_of_update,
     run_program,
@@ -59,6 +60,7 @@ from ldm import (
     read_checkpoint,
     save_model,
     space_of,
+    what_makes,
     write_checkpoint,
 )
 from sample import (
@@ -470,6 +472,9 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--chart", metavar="FILE", default=argparse.SUPPRESS, help="draw the losses of the run in --out (5.2), do nothing else"
+    )
     for f in fields(STAGES[stage].Settings):
         if not f.metadata:
             continue  # no flag: taken from another run
@@ -1095,14 +1100,18 @@ class Log:
             writer.writerows(kept)
 
     def rows(self):
-        text = self.path.read_text() if self.path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1]  # a power cut may leave half a line
-        return list(csv.DictReader(whole_lines.splitlines()))
+        return log_rows(self.path) if self.path.exists() else []
 
     def write(self, row):
         row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+
+def log_rows(path):
+    text = path.read_text()
+    whole_lines = text[: text.rfind("\n") + 1]  # a power cut may leave half a line
+    return list(csv.DictReader(whole_lines.splitlines()))
 
 
 class Means:
@@ -1122,9 +1131,8 @@ class Means:
         return means
 
 
-def draw_losses(log, path, loss_name):
-    """5.2: the loss chart, training and validation; interruptions stay visible as gaps."""
-    rows = log.rows()
+def draw_losses(rows, path, loss_name):
+    """5.2: the loss chart of a log's rows, training and validation; interruptions stay visible as gaps."""
     pieces = [[row for row in rows if row["run"] == run] for run in sorted({row["run"] for row in rows}, key=int)]
     names = {"train_loss": "training", "validation_loss": "validation", "validation_loss_ema": "validation, averaged weights"}
     lines = {
@@ -1254,7 +1262,7 @@ def train(stage_name, typed, resume):
             content = {"settings": asdict(settings), **progress, "players": state, "ema": ema.state_dict()}
             write_checkpoint(out / "checkpoint.pt", content | {"stage": stage.state_dict()})
             save_model(out / "model.pt", stage_name, asdict(settings), stage.classes, done, weights)
-            draw_losses(log, out / "loss.png", stage.loss_name)
+            draw_losses(log.rows(), out / "loss.png", stage.loss_name)
         if stopping:
             bar.close()
             print(f"stopped after update {done} and saved; to go on: {resume_command(stage_name, out)}")
@@ -1284,7 +1292,15 @@ def resume_command(stage_name, out):
 
 
 def main():
-    train(*parse())
+    stage, typed, resume = parse()
+    if "chart" not in typed:
+        train(stage, typed, resume)
+        return
+    log = Path(typed.get("out", STAGES[stage].Settings.out)) / "log.csv"
+    if not log.exists():
+        raise UserError(f"{log}: no such file; {what_makes(log)}")
+    draw_losses(log_rows(log), picture_name(typed["chart"]), STAGES[stage].loss_name)
+    print(f"{typed['chart']}: the losses of {log}")
 
 
 if __name__ == "__main__":
