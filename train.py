@@ -73,6 +73,7 @@ from sample import (
     images_by_label,
     load,
     psnr,
+    tune,
 )
 from unet import ResBlock, SpatialTransformer
 from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
@@ -495,6 +496,7 @@ def complete(settings):
     if settings.device == "auto":
         settings.device = best_device()
     check_device(settings.device)
+    tune(settings.device)
     gpu = settings.device != "cpu"
     if settings.model == "auto":
         settings.model = "thesis" if gpu else "small"
