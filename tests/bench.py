@@ -538,7 +538,7 @@ def unet_times(mode):
         unet.zero_grad()
         forward().float().square().mean().backward()
 
-    taken = seconds(torch.no_grad()(forward), 3), seconds(both, 3)
+    taken = seconds(torch.no_grad()(forward), 3), seconds(both, 2)
     return peak_memory(), *taken
 
 
