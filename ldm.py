@@ -38,6 +38,11 @@ class LabelledDiffusion(nn.Module):
         self.diffusion = Diffusion(beta)
         self.zero_label = len(classes)
 
+    @property
+    def device(self):
+        """Where x_t is."""
+        return next(self.parameters()).device
+
     def eps(self, x, t, y):
         """eps_theta(x_t, t, y). t: 1..T, an int or (B,)."""
         x = x.contiguous(memory_format=torch.channels_last)
@@ -80,6 +85,11 @@ class LatentDiffusion(LabelledDiffusion):
         super().train(mode)
         self.first_stage.eval()
         return self
+
+    @property
+    def device(self):
+        """Where x_t is; with FSDP's offloading the weights of the U-Net are elsewhere."""
+        return next(self.first_stage.parameters()).device
 
     def condition(self, y):
         """The label as the network takes it: (B, n, context_channels), n tokens."""

@@ -264,7 +264,7 @@ def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=
     """
     alpha_bar = model.diffusion.alpha_bar
     times = steps if isinstance(steps, list) else timesteps(model.diffusion.T, steps)
-    device = next(model.parameters()).device
+    device = model.device
     noise = ImageNoise(seeds, model.shape, device)
     y, gradient = torch.as_tensor(y, device=device), None
     eps = with_cfg(model, y, 0 if classifier else scale)
@@ -311,7 +311,7 @@ def load(run=None, weights="ema", device="cpu", compile=False):
 
 def load_classifier(run, model, weights="ema", compile=False):
     """The classifier of `run` to guide `model` with."""
-    device = next(model.parameters()).device
+    device = model.device
     classifier = load_model(run, weights, device)
     if classifier.stage != "classifier":
         raise UserError(f"{run} is no classifier; python train.py --stage classifier makes one in runs/classifier")
@@ -509,7 +509,7 @@ def write_many(model, out, form, per_label, labels, seed, settings, how):
 
     settings: what else than `how`, the labels, the seed and the model decides about a pixel. Returns how many images were made.
     """
-    device, names = next(model.parameters()).device, [[*model.classes, "none"][i] for i in labels]
+    device, names = model.device, [[*model.classes, "none"][i] for i in labels]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = per_label * len(labels)
     settings = settings | how | {"format": form, "labels": names, "seed": seed}

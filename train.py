@@ -5,9 +5,11 @@
     python train.py --stage ldm                     the latent model, paintings by colour, on a first stage
     python train.py --stage classifier              a classifier of noised images, to guide the diffusion with
     python train.py --stage letters --resume        go on after an interruption, exactly where it stopped
+    torchrun --nproc-per-node 2 train.py --stage ldm     on two GPUs, or two processes on a CPU
 
-Everything goes to runs/<stage>: model.pt (what sample.py opens), checkpoint.pt (what --resume opens), log.csv, loss.png,
-previews. A run owns no random state: the rows, t, noise and dropped labels of update n are functions of (seed, n).
+Everything goes to runs/<stage>: model.pt (what sample.py opens), checkpoint_<update> (what --resume opens), log.csv, loss.png,
+previews. A run owns no random state: the rows, t, noise and dropped labels of update n are functions of (seed, n), whatever
+the number of processes.
 """
 
 import argparse
@@ -16,15 +18,26 @@ import csv
 import hashlib
 import math
 import os
+import pickle
+import shutil
 import signal
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -35,6 +48,7 @@ from data import (
     chart,
     embedded_letters,
     grid,
+    locked,
     open_letters,
     open_paintings,
     picture_name,
@@ -97,7 +111,14 @@ class Settings:
         "auto", "small (fits two CPU cores), thesis, or auto = thesis on a GPU", choices=("auto", "small", "thesis")
     )
     updates: int | None = flag(None, "how many updates to train", kind=int, resume=True)
-    batch: int | None = flag(None, "images an update", kind=int)
+    batch: int | None = flag(None, "images that a process computes at a time", kind=int, resume=True)
+    accumulate: int = flag(1, "such batches to an update, one after the other: less memory", resume=True)
+    strategy: str = flag(
+        "auto",
+        "of several processes (4.7): ddp, every one has all weights; fsdp, every one a share of them; auto = fsdp for ldm",
+        choices=("auto", "single", "ddp", "fsdp"),
+        resume=True,
+    )
     lr: float | None = flag(None, "peak learning rate of AdamW", kind=float)
     channels: int | None = flag(None, "width of the first level", kind=int)
     multipliers: tuple | None = flag(None, "width of every level as a multiple of it", kind=int, nargs="+")
@@ -120,8 +141,15 @@ class Settings:
     preview_every: int = flag(1000, "updates between two preview grids", resume=True)
     save_every: int = flag(250, "updates between two checkpoints", resume=True)
 
-    POSITIVE = ("updates", "batch", "lr", "channels", "clip", "validate_every", "preview_every", "save_every")
+    processes: int = 1  # no flag: torchrun decides
+
+    POSITIVE = ("updates", "batch", "accumulate", "lr", "channels", "clip", "validate_every", "preview_every", "save_every")
     NOT_NEGATIVE = ("seed", "overfit", "weight_decay", "warmup")
+
+    @property
+    def images(self):
+        """Images an update."""
+        return self.batch * self.accumulate * self.processes
 
     def preset(self):
         """Values that something else than the size decides."""
@@ -139,6 +167,10 @@ class Settings:
             raise UserError(f"--ema {self.ema}: must be from 0 to below 1")
         if not 1 <= len(self.multipliers) <= 6 or min(self.multipliers) < 1:
             raise UserError("--multipliers: one to six positive numbers")
+        if self.strategy == "single" and self.processes > 1:
+            raise UserError(f"--strategy single: but torchrun started {self.processes} processes; ddp or fsdp")
+        if self.strategy == "fsdp" and not isinstance(self, Latent):
+            raise UserError("--strategy fsdp: for --stage ldm; the networks of the other stages are small, --strategy ddp")
 
     def check_levels(self):
         if self.channels % self.groups:
@@ -252,6 +284,7 @@ class FirstStage(Settings):
     disc_start: int | None = flag(None, "update at which the adversary joins (default: halfway, at most 10,000)", kind=int)
     disc_channels: int | None = flag(None, "width of the discriminator", kind=int)
     disc_layers: int | None = flag(None, "halvings in the discriminator", kind=int)
+    accumulate: int = 1  # no flag: lambda and the adversary's batch are those of one batch
     weight_decay: float = flag(0.0, "of AdamW")
     clip: float = flag(100.0, "largest gradient norm")
     validate_every: int = flag(500, "updates between two validation losses", resume=True)
@@ -334,6 +367,7 @@ class Latent(DiffusionSettings):
         None, "factor on the latents (default: small 1/std, thesis 1 as published, E54)", kind=float
     )
     checkpoint_activations: bool = flag(False, "compute activations again for the gradient: less memory", resume=True)
+    cpu_offload: bool = flag(False, "fsdp: weights, gradients and moments wait in the memory of the CPU (E59)", resume=True)
     first_stage_settings: dict | None = None  # no flag: what the first stage's file says
 
     NETWORK = (
@@ -347,6 +381,8 @@ class Latent(DiffusionSettings):
         self.check_levels()
         if self.channels % 32:
             raise UserError(f"--channels {self.channels}: must be a multiple of 32, the width of an attention head")
+        if self.cpu_offload and self.strategy != "fsdp":
+            raise UserError("--cpu-offload: only with --strategy fsdp")
         if self.latent_scale is not None and self.latent_scale <= 0:
             raise UserError(f"--latent-scale {self.latent_scale}: must be more than 0")
 
@@ -507,8 +543,12 @@ def complete(settings):
     for name, value in (SIZES[type(settings)][settings.model] | settings.preset()).items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
+    settings.processes = world()
+    if settings.strategy == "auto":
+        settings.strategy = "single" if not dist.is_initialized() else "fsdp" if isinstance(settings, Latent) else "ddp"
     if settings.precision == "auto":
-        settings.precision = "bf16" if faster_in_bf16(settings.device) else "float32"
+        faster = across(float(faster_in_bf16(settings.device)), dist.ReduceOp.MAX)
+        settings.precision = "bf16" if faster else "float32"
         print(f"--precision {settings.precision}: chosen by the speed of both, measured on this {settings.device}")
     settings.check()
 
@@ -540,13 +580,34 @@ def mixed_precision(settings):
 # ------------------------------------------------------------------------------------------------------------------
 # The stages: what a loss, a validation loss and a preview are
 #
-#   players()         (name, network, loss of update n, betas of AdamW) of everyone who trains; a loss of None skips the update
+#   players()         a Player for everyone who trains: one, or an auto-encoder and then its adversary
 #   figures           further numbers of the last update for the log, by column
 #   validate()        numbers for the log, "validation_loss" among them
 #   preview(path, final)   draws what the model can do, more of it at the end; returns numbers for the log
 #   compare()         numbers about generated images for the log, at every preview and at the end; only where `compares`
-#   state_dict()      what else a resumed run needs, load_state_dict() takes it back
+#   start()           called once in the life of a run, before its first update
+#   state_dict()      tensors that a resumed run needs besides weights; they are loaded in place
+#   resumed()         called when all tensors of a resumed run are loaded
 # ------------------------------------------------------------------------------------------------------------------
+
+
+WHOLE = slice(None)
+
+
+@dataclass
+class Player:
+    """Someone who trains.
+
+    loss: function (n, part) -> the mean loss of those images of update n that the slice `part` leaves over; start: the first
+    update; idle: the update until which some parameters get no gradient. `train` adds the parameters and their optimiser.
+    """
+
+    name: str
+    network: torch.nn.Module
+    loss: Callable
+    betas: tuple = (0.9, 0.99)
+    start: int = 0
+    idle: int = 0
 
 
 class Stage:
@@ -570,18 +631,18 @@ class Stage:
         torch.manual_seed(settings.seed)
 
     def start(self):
-        """Called once in the life of a run, before its first update."""
+        pass
 
     def rows(self, n):
         s = self.settings
         if s.balanced:
-            return self.train_rows[balanced_rows_of_update(s.seed, n, s.batch, self.train_labels)]
-        return self.train_rows[rows_of_update(s.seed, n, s.batch, len(self.train_rows))]
+            return self.train_rows[balanced_rows_of_update(s.seed, n, s.images, self.train_labels)]
+        return self.train_rows[rows_of_update(s.seed, n, s.images, len(self.train_rows))]
 
     def state_dict(self):
         return {}
 
-    def load_state_dict(self, state):
+    def resumed(self):
         pass
 
 
@@ -607,41 +668,45 @@ class DiffusionStage(Stage):
         return 2.0 if self.settings.p_uncond else 1.0
 
     def players(self):
-        return [("train", self.model, self.loss, (0.9, 0.99))]
+        return [Player("train", self.model, self.loss)]
 
-    def loss(self, n):
+    def loss(self, n, part=WHOLE):
         """The loss of update n (3.5.4), with labels dropped as in 4.4.3: a function of (seed, n) and the weights alone."""
         s = self.settings
         draw = rng(s.seed, n, 2)
-        t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
-        noise = torch.randn((s.batch, *self.model.shape), generator=draw)
-        u, mirror = torch.rand((2, s.batch), generator=draw)
-        t, noise, u = (a.to(s.device, non_blocking=True) for a in (t, noise, u))
-        x, y = self.examples(self.rows(n), (mirror < 0.5) & s.flip)
+        t = torch.randint(1, s.T + 1, (s.images,), generator=draw)  # uniform on {1..T}
+        noise = torch.randn((s.images, *self.model.shape), generator=draw)
+        u, mirror = torch.rand((2, s.images), generator=draw)
+        t, noise, u = (a[part].to(s.device, non_blocking=True) for a in (t, noise, u))
+        x, y = self.examples(self.rows(n)[part], ((mirror < 0.5) & s.flip)[part])
         return self.model.loss(x, drop_labels(y, self.model.zero_label, s.p_uncond, u), t, noise).mean()
 
     @torch.no_grad()
     def validate(self, most=1040, batch=65):
-        """The loss over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare."""
+        """The loss over the validation images with fixed noise and fixed t, spread evenly over 1..T: runs compare.
+
+        Every process takes its share; the last image stands in where shares are uneven, and counts for nothing there.
+        """
         spread = np.linspace(0, len(self.validation_rows) - 1, min(most, len(self.validation_rows)))
         rows = self.validation_rows[spread.astype(int)]
         draw = rng(0, 0, 3)
         t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
         noise = torch.randn((len(rows), *self.model.shape), generator=draw)
+        mine = np.arange(rank(), -(-len(rows) // world()) * world(), world())
         total = 0.0
-        for i in range(0, len(rows), batch):
-            x, y = self.examples(rows[i : i + batch])
-            t_i, noise_i = (a[i : i + batch].to(x.device) for a in (t, noise))
-            total += self.model.loss(x, y, t_i, noise_i).sum().item()
-        return {"validation_loss": total / len(rows)}
+        for i in range(0, len(mine), batch):
+            these = np.minimum(mine[i : i + batch], len(rows) - 1)
+            x, y = self.examples(rows[these])
+            loss = self.model.loss(x, y, t[these].to(x.device), noise[these].to(x.device))
+            total += loss[: (mine[i : i + batch] < len(rows)).sum()].sum().item()
+        return {"validation_loss": across(total).item() / len(rows)}
 
     def preview(self, path, final=False):
         """One row a label, the zero-label last, at the scale the thesis chose; the distance from the colours asked for."""
         columns, steps = (6, 50) if final else (4, 20)
         steps = min(steps, self.settings.T)
         images = images_by_label(self.model, columns, steps=steps, scale=self.scale, progress=False)
-        with whole_file(path) as temporary:
-            draw_rows(images, self.classes).save(temporary)
+        write_picture(draw_rows(images, self.classes), path)
         distances = colour_distance(images, self.classes)
         return {} if distances is None else {"colour_distance": distances.mean().item()}
 
@@ -659,6 +724,12 @@ class DiffusionStage(Stage):
 def spread(rows, n):
     """n of the rows at equal distances."""
     return rows[((np.arange(n) + 0.5) * len(rows) / n).astype(int)]
+
+
+def write_picture(picture, path):
+    if rank() == 0:
+        with whole_file(path) as temporary:
+            picture.save(temporary)
 
 
 class LettersStage(DiffusionStage):
@@ -719,12 +790,6 @@ class LatentStage(DiffusionStage):
             self.model.unet.compile()
 
     def start(self):
-        self.encode()
-
-    def load_state_dict(self, state):
-        self.encode()
-
-    def encode(self):
         """The latents, once the first stage has its weights, and their scale, which a resumed run keeps."""
         s = self.settings
         self.latents = encoded(self.data, self.model.first_stage, s.flip, s.device)
@@ -733,6 +798,8 @@ class LatentStage(DiffusionStage):
         s.latent_scale = self.model.latent_scale = s.latent_scale or float(1 / deviation)
         size = " x ".join(map(str, z.shape[1:]))
         print(f"latents {size}: mean {mean:.3f}, standard deviation {deviation:.3f}, scaled by {s.latent_scale:.3f}")
+
+    resumed = start
 
     def examples(self, rows, mirrored=None):
         x, y = latent_examples(self.latents, self.data.labels, rows, mirrored, self.settings.device)
@@ -751,8 +818,9 @@ def open_first_stage(settings):
     if not s.first_stage and not finished(run):
         print(f"no --first-stage, and no finished one in {run}: training the small one first")
         typed = {name: getattr(s, name) for name in ("data", "size", "device") if getattr(s, name) is not None}
-        resume = (run / "checkpoint.pt").exists()
-        train("vqgan", {} if resume else typed | {"model": "small"}, resume)
+        typed |= {"model": "small", "batch": max(1, SIZES[FirstStage]["small"]["batch"] // world())}
+        resume = bool(checkpoints(run))
+        train("vqgan", {} if resume else typed, resume)
     file = run / "best.pt" if (run / "best.pt").exists() else run
     model = load_model(file)
     if model.stage != "vqgan":
@@ -768,7 +836,7 @@ def finished(run):
     if not (run / "model.pt").exists():
         return False
     content = read_checkpoint(run / "model.pt", {"settings", "update"})
-    return content["update"] >= content["settings"]["updates"] or not (run / "checkpoint.pt").exists()
+    return content["update"] >= content["settings"]["updates"] or not checkpoints(run)
 
 
 @torch.no_grad()
@@ -784,15 +852,16 @@ def encoded(data, first_stage, flip, device, batch=16):
     digest.update(f"{file.st_size} {file.st_mtime_ns} {flip} {fingerprint(first_stage)}".encode())
     cache = folder if os.access(folder, os.W_OK) else Path.home() / ".cache" / "color-diffusion"
     path = cache / f"latents-{digest.hexdigest()[:16]}.npy"
-    if not path.exists():
-        h, w = (side // first_stage.factor for side in data.images.shape[1:3])
-        shape = (len(data.images), 1 + flip, first_stage.z_channels, h, w)
-        with whole_file(path) as temporary, temporary.open("wb") as out:
-            np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
-            for i in tqdm(range(0, len(data.images), batch), desc="encoding", unit="batch", disable=None):
-                x, _ = data.batch(np.arange(i, min(i + batch, len(data.images))), device)
-                z = torch.stack([first_stage.encode(x) for x in (x, x.flip(-1))[: 1 + flip]], dim=1)
-                out.write(z.float().cpu().numpy().tobytes())
+    with locked(path):  # the first process of a machine encodes, the others wait
+        if not path.exists():
+            h, w = (side // first_stage.factor for side in data.images.shape[1:3])
+            shape = (len(data.images), 1 + flip, first_stage.z_channels, h, w)
+            with whole_file(path) as temporary, temporary.open("wb") as out:
+                np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                for i in tqdm(range(0, len(data.images), batch), desc="encoding", unit="batch", disable=None):
+                    x, _ = data.batch(np.arange(i, min(i + batch, len(data.images))), device)
+                    z = torch.stack([first_stage.encode(x) for x in (x, x.flip(-1))[: 1 + flip]], dim=1)
+                    out.write(z.float().cpu().numpy().tobytes())
     return np.load(path, mmap_mode="r")
 
 
@@ -833,16 +902,17 @@ class ClassifierStage(Stage):
         return self.latent_scale * x, y
 
     def players(self):
-        return [("train", self.model, self.loss, (0.9, 0.99))]
+        return [Player("train", self.model, self.loss)]
 
-    def loss(self, n):
+    def loss(self, n, part=WHOLE):
         """The loss of update n, at t uniform on {1..T}: a function of (seed, n) and the weights alone."""
         s = self.settings
         draw = rng(s.seed, n, 2)
-        t = torch.randint(1, s.T + 1, (s.batch,), generator=draw).to(s.device, non_blocking=True)
-        noise = torch.randn((s.batch, *s.shape), generator=draw).to(s.device, non_blocking=True)
-        mirrored = (torch.rand(s.batch, generator=draw) < 0.5) & s.flip
-        return self.model.loss(*self.examples(self.rows(n), mirrored), t, noise).mean()
+        t = torch.randint(1, s.T + 1, (s.images,), generator=draw)
+        noise = torch.randn((s.images, *s.shape), generator=draw)
+        mirrored = (torch.rand(s.images, generator=draw) < 0.5) & s.flip
+        t, noise = (a[part].to(s.device, non_blocking=True) for a in (t, noise))
+        return self.model.loss(*self.examples(self.rows(n)[part], mirrored[part]), t, noise).mean()
 
     @torch.no_grad()
     def by_noise_level(self, rows, most=260, batch=260):
@@ -870,8 +940,7 @@ class ClassifierStage(Stage):
         tables = {name: self.by_noise_level(rows) for name, rows in sets.items()}
         title = f"Accuracy by noise level t, {len(self.classes)} labels"
         rows = [{"label": f"{t}", "set": name, "accuracy": a} for name, table in tables.items() for t, _, a in table]
-        with whole_file(path) as temporary:
-            bars(rows, "accuracy", title).save(temporary)
+        write_picture(bars(rows, "accuracy", title), path)
         if final:
             lines = [f"{'t':>5}" + "".join(f"{name:>20}" for name in tables)]
             lines += [f"{of_t[0][0]:5}" + "".join(f"{100 * a:18.1f} %" for _, _, a in of_t) for of_t in zip(*tables.values())]
@@ -913,27 +982,30 @@ class AutoencoderStage(Stage):
                 load_weights(self.discriminator, adversary, self.settings.init)
 
     def players(self):
-        adversary = [("disc", self.discriminator, self.discriminator_loss, (0.5, 0.9))] if self.settings.adversarial else []
-        return [("train", self.model, self.loss, (0.9, 0.99)), *adversary]
+        s = self.settings
+        players = [Player("train", self.model, self.loss, idle=s.quantise_from if s.bottleneck == "vq" else 0)]
+        if s.adversarial:
+            players.append(Player("disc", self.discriminator, self.discriminator_loss, (0.5, 0.9), start=s.disc_start))
+        return players
 
-    def images(self, rows, draw):
-        """Random squares of `crop` pixels from the images `rows`, half of them mirrored with `flip`: (B, 3, crop, crop)."""
+    def images(self, rows, draw, part=WHOLE):
+        """Random squares of `crop` pixels from `rows[part]` of the images, half of them mirrored with `flip`."""
         s = self.settings
         height, width = self.data.images.shape[1:3]
         corners = (torch.rand((len(rows), 2), generator=draw) * torch.tensor([height - s.crop + 1, width - s.crop + 1])).int()
-        squares = [self.data.images[row, y : y + s.crop, x : x + s.crop] for row, (y, x) in zip(rows, corners.tolist())]
-        x = to_tensor(np.stack(squares))
+        places = zip(rows[part], corners[part].tolist())
+        x = to_tensor(np.stack([self.data.images[row, y : y + s.crop, x : x + s.crop] for row, (y, x) in places]))
         if s.flip:
-            mirror = torch.rand(len(rows), generator=draw)[:, None, None, None]
+            mirror = torch.rand(len(rows), generator=draw)[part, None, None, None]
             x = torch.where(mirror < 0.5, x.flip(-1), x)
-        return x.to(s.device, non_blocking=True)
+        return x.to(s.device, non_blocking=True)  # (B, 3, crop, crop)
 
-    def noise(self, x, draw):
+    def noise(self, count, draw):
         """xi of the reparametrisation; only a VAE uses it."""
-        h, w = (side // self.model.factor for side in x.shape[2:])
-        return torch.randn((len(x), self.model.z_channels, h, w), generator=draw).to(x.device)
+        side = self.settings.crop // self.model.factor
+        return torch.randn((count, self.model.z_channels, side, side), generator=draw)
 
-    def loss(self, n):
+    def loss(self, n, part=WHOLE):
         """The auto-encoder's loss of update n:  |x - x_r| + perceptual + latent loss + lambda * adversarial  (eq. 3.5)."""
         s = self.settings
         if s.bottleneck == "vq":
@@ -941,8 +1013,8 @@ class AutoencoderStage(Stage):
             if n == s.quantise_from > 0:
                 self.reseed(n, range(s.codes))
         draw = rng(s.seed, n, 2)
-        x = self.images(self.rows(n), draw)
-        x_r, latent_loss, codes = self.model(x, self.noise(x, draw))
+        x = self.images(self.rows(n), draw, part)
+        x_r, latent_loss, codes = self.model(x, self.noise(s.images, draw)[part].to(x.device))
         rec = self.reconstruction_loss(x, x_r)
         loss = rec.mean() + latent_loss
         self.figures = {"l1": (x_r - x).abs().mean(), "latent_loss": latent_loss}
@@ -951,7 +1023,8 @@ class AutoencoderStage(Stage):
         if s.adversarial and n >= s.disc_start:
             with frozen(self.discriminator):
                 g_loss = generator_loss(self.discriminator(x_r), s.adversarial_loss)
-            weight = adaptive_weight(rec.mean(), g_loss, self.model.decoder.conv_out.weight) if s.adaptive else 1.0
+            last_layer = self.model.decoder.conv_out.weight
+            weight = adaptive_weight(rec.mean(), g_loss, last_layer, mean_across) if s.adaptive else 1.0
             loss = loss + s.adversarial * weight * g_loss
             self.figures |= {"g_loss": g_loss, "lambda": torch.as_tensor(weight)}
         self.seen = x, x_r.detach()  # what the discriminator gets
@@ -959,9 +1032,8 @@ class AutoencoderStage(Stage):
             self.count(n, codes)
         return loss
 
-    def discriminator_loss(self, n):
-        if n < self.settings.disc_start:
-            return None
+    def discriminator_loss(self, n, part=WHOLE):
+        """The adversary's loss on what the auto-encoder just saw and made."""
         real, fake = (self.discriminator(x) for x in self.seen)
         self.figures |= {"logit_real": real.mean(), "logit_fake": fake.mean()}
         return discriminator_loss(real, fake, self.settings.adversarial_loss)
@@ -974,8 +1046,8 @@ class AutoencoderStage(Stage):
     def count(self, n, codes):
         """At the end of an epoch (or of 50 updates, if that is longer): how many codes it used; the others get a new place."""
         s = self.settings
-        self.counts += torch.bincount(codes.flatten(), minlength=s.codes)
-        if (n + 1) % max(50, -(-len(self.train_rows) // s.batch)):
+        self.counts += across(torch.bincount(codes.flatten(), minlength=s.codes))
+        if (n + 1) % max(50, -(-len(self.train_rows) // s.images)):
             return
         used, perplexity = code_use(self.counts)
         self.figures |= {"codes_used": torch.tensor(float(used)), "perplexity": torch.tensor(perplexity)}
@@ -990,7 +1062,10 @@ class AutoencoderStage(Stage):
         rows = self.train_rows[torch.randint(len(self.train_rows), (32,), generator=draw).numpy()]
         z = torch.cat([self.model.encode(x) for x in self.images(rows, draw).split(8)])
         z = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
-        self.model.quantize.embedding.weight[list(dead)] = z[torch.randint(len(z), (len(dead),), generator=draw).to(z.device)]
+        weight = self.model.quantize.embedding.weight
+        weight[list(dead)] = z[torch.randint(len(z), (len(dead),), generator=draw).to(z.device)]
+        if world() > 1:  # the same images, but not everywhere the same rounding
+            dist.broadcast(weight, 0)
 
     @torch.no_grad()
     def validate(self, most=256, batch=16):
@@ -1016,16 +1091,11 @@ class AutoencoderStage(Stage):
         rows = self.validation_rows[np.linspace(0, len(self.validation_rows) - 1, 2 * columns).astype(int)]
         x = self.images(rows, rng(0, 0, 5))
         pairs = torch.stack([x.view(2, columns, *x.shape[1:]), self.model(x)[0].view(2, columns, *x.shape[1:])], dim=1)
-        picture = grid(to_uint8(pairs.flatten(0, 2)), columns, ["x", "x_r"] * 2, scale=max(1, 128 // x.shape[-1]))
-        with whole_file(path) as temporary:
-            picture.save(temporary)
+        write_picture(grid(to_uint8(pairs.flatten(0, 2)), columns, ["x", "x_r"] * 2, scale=max(1, 128 // x.shape[-1])), path)
         return {}
 
     def state_dict(self):
         return {"counts": self.counts}
-
-    def load_state_dict(self, state):
-        self.counts.copy_(state["counts"])
 
 
 @contextlib.contextmanager
@@ -1063,23 +1133,21 @@ class EMA:
     @contextlib.contextmanager
     def averaged(self):
         """The model has the averaged weights inside this `with`."""
-        raw = [p.data for p in self.parameters]
-        self._put(self.average)
+        self._swap()
         try:
             yield
         finally:
-            self._put(raw)
+            self._swap()
 
-    def _put(self, values):
-        for p, value in zip(self.parameters, values):
-            p.data = value
+    @torch.no_grad()
+    def _swap(self):
+        for p, average in zip(self.parameters, self.average):  # in place: sharded weights have other eyes on them
+            raw = p.detach().clone()
+            p.copy_(average)
+            average.copy_(raw)
 
     def state_dict(self):
         return dict(zip(self.names, self.average))
-
-    def load(self, state):
-        for name, average in zip(self.names, self.average):
-            average.copy_(state[name])
 
 
 def learning_rate(settings, n):
@@ -1089,12 +1157,21 @@ def learning_rate(settings, n):
 
 
 class Log:
-    """log.csv. A resumed run drops the lines past its checkpoint and goes on under a new run number."""
+    """log.csv, written by process 0. A resumed run drops the lines past its checkpoint and goes on under a new run number.
 
-    COLUMNS = ("run", "update", "epoch", "seconds", "lr", "train_loss", "train_grad_norm", "validation_loss")
+    update_seconds: of an update; communication: the share of them that its communication takes on its own, what overlaps with
+    computing included; memory: the most that a process had so far, MiB.
+    """
+
+    COLUMNS = (
+        *("run", "update", "epoch", "seconds", "update_seconds", "communication", "memory", "lr"),
+        *("train_loss", "train_grad_norm", "validation_loss"),
+    )
 
     def __init__(self, path, run, start, more=()):
         self.path, self.columns = path, (*self.COLUMNS, "validation_loss_ema", *more)
+        if rank():
+            return
         kept = [row for row in self.rows() if int(row["update"]) <= start] if run > 1 else []
         with whole_file(path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
@@ -1105,6 +1182,8 @@ class Log:
         return log_rows(self.path) if self.path.exists() else []
 
     def write(self, row):
+        if rank():
+            return
         row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
@@ -1117,7 +1196,7 @@ def log_rows(path):
 
 
 class Means:
-    """Averages of named numbers since they were last taken; the device is asked for them only then."""
+    """Averages of named numbers since they were last taken, over all processes; the device is asked for them only then."""
 
     def __init__(self):
         self.sums, self.counts = {}, {}
@@ -1128,7 +1207,7 @@ class Means:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self):
-        means = {name: (total / self.counts[name]).item() for name, total in self.sums.items()}
+        means = {name: mean_across(total / self.counts[name]).item() for name, total in self.sums.items()}
         self.__init__()
         return means
 
@@ -1163,6 +1242,286 @@ class Interruption:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    def agreed(self):
+        """The signal that any process got, 0 for none."""
+        return int(across(float(self.signal or 0), dist.ReduceOp.MAX))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.7  Several processes
+#
+# torchrun starts R processes, on one machine or on several, and each of them runs this file. Update n has the images, noise
+# and labels that it would have in one process; each process computes the loss of every R-th of them.
+#
+#   ddp     every process has all weights. Gradients are averaged during and after the backward pass, before the optimiser's
+#           step; the thesis says before back-propagation, where there are none yet (E57)
+#   fsdp    every process has 1/R of every weight, and of its gradient, moments and average. The weights of a block are
+#           gathered right before its forward and again before its backward pass, after which its gradients are averaged and
+#           scattered. Layers are not dealt out one by one, and offloading does not move activations (E59)
+#
+# The networks know nothing of it: blocks are wrapped once they are built.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def join():
+    """Find the other processes that torchrun started; without torchrun this one is alone."""
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus and local_rank >= gpus:
+        raise UserError(f"process {local_rank} of this machine has no GPU of its own: there are {gpus}; see --nproc-per-node")
+    if gpus:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=2), **alone)
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  one process speaks
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def across(value, op=dist.ReduceOp.SUM):
+    """A number or tensor, summed over all processes."""
+    value = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
+    if world() > 1:
+        value = value.detach().clone()
+        dist.all_reduce(value, op)
+    return value
+
+
+def mean_across(value):
+    return across(value) / world()
+
+
+def parallel(players, settings, start):
+    """Spread the players' networks over the processes as the settings ask, from update `start` on."""
+    if settings.strategy != "single" and not dist.is_initialized():
+        join()
+    for player in players:
+        if settings.strategy == "fsdp":
+            shard(player.network, settings)
+        if settings.strategy == "ddp":
+            whole = LossModule(player.network, player.loss)
+            player.loss = DistributedDataParallel(
+                whole, find_unused_parameters=start < player.idle, gradient_as_bucket_view=True
+            )
+
+
+class LossModule(torch.nn.Module):
+    """A player's loss as a module, which is what DDP wraps."""
+
+    def __init__(self, network, loss):
+        super().__init__()
+        self.network, self.forward = network, loss
+
+
+def shard(model, settings):
+    """FSDP: every residual block and transformer of the U-Net is a unit, the rest of it another, the label table the last."""
+    gpu = settings.device != "cpu"
+    how = {
+        "mesh": init_device_mesh("cuda" if gpu else "cpu", (world(),)),
+        "reshard_after_forward": True,  # the last unit as well: a validation has no backward pass that would do it
+        "mp_policy": MixedPrecisionPolicy(*[torch.bfloat16, torch.float32] * (settings.precision == "bf16")),
+        "offload_policy": CPUOffloadPolicy(pin_memory=gpu) if settings.cpu_offload else OffloadPolicy(),
+    }
+    for part in (model.unet, model.context):
+        part.to(memory_format=torch.contiguous_format)  # fully_shard knows no other
+        for unit in [module for module in part.modules() if isinstance(module, ResBlock | SpatialTransformer)]:
+            fully_shard(unit, **how)
+        fully_shard(part, **how)
+
+
+def unsynchronised(loss, last):
+    """DDP: only the last of the batches of an update averages gradients. FSDP always does: whole gradients would not fit."""
+    return loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def whole_tensor(value):
+    """The whole of a sharded tensor. All processes must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_tensors(state):
+    """A state dict with whole tensors in the memory of process 0's CPU. All processes must call it."""
+    whole = {}
+    for name, value in state.items():
+        value = whole_tensor(value)
+        whole[name] = value.cpu() if rank() == 0 else None
+    return whole
+
+
+def communication_seconds(players, settings):
+    """How long the collective operations of an update take on their own: an all-reduce of the gradients, for fsdp two
+    gatherings of the weights and a scattering of the gradients."""
+    if world() == 1:
+        return 0.0
+    count = sum(p.numel() for player in players for p in player.parameters)
+    piece = min(2**23, -(-count // world()) * world())
+    bf16 = settings.strategy == "fsdp" and settings.precision == "bf16"
+    whole = torch.zeros(piece, device=settings.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    gradient, mine = torch.zeros(piece, device=settings.device), piece // world()
+
+    def update(pieces):
+        for _ in range(pieces):
+            if settings.strategy == "ddp":
+                dist.all_reduce(gradient)
+                continue
+            for _ in range(settings.accumulate):
+                dist.all_gather_into_tensor(whole, whole[:mine].clone())
+                dist.all_gather_into_tensor(whole, whole[:mine].clone())
+                dist.reduce_scatter_tensor(gradient[:mine].clone(), gradient)
+        return gradient.sum().item()  # waits for the device
+
+    update(1)
+    start = time.perf_counter()
+    update(-(-count // piece))
+    return time.perf_counter() - start
+
+
+def peak_memory(settings):
+    """The most memory that a process of the run had so far, MiB: of its GPU, or of the whole process on a CPU."""
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    status = Path("/proc/self/status")
+    if settings.device == "cpu" and status.exists():
+        peak = next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return across(peak, dist.ReduceOp.MAX).item()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+#
+# A folder checkpoint_<update> holds run.pt (settings and progress) and, in the format of torch.distributed.checkpoint, the
+# tensors: weights, AdamW's moments, averages. Sharded or whole, it opens under any strategy and number of processes. The two
+# newest are kept. Files inside are read as tensors and plain values only.
+# ------------------------------------------------------------------------------------------------------------------
+
+KEPT = 2
+PROGRESS = {"settings", "update", "run", "seconds", "best"}
+
+
+def checkpoints(out):
+    """The checkpoints of a run, the newest first."""
+    return sorted(out.glob("checkpoint_*"), reverse=True)
+
+
+def run_tensors(players, ema, stage):
+    """Everything that a resumed run needs, by name. The tensors are the run's own, not copies."""
+    tensors = {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    tensors |= {f"stage.{name}": value for name, value in stage.state_dict().items()}
+    for player in players:
+        tensors |= {f"{player.name}.{name}": value for name, value in player.network.state_dict().items()}
+        for name, p in player.network.named_parameters():
+            state = player.optimizer.state.get(p, {})
+            tensors |= {f"{player.name}_adamw.{name}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def save_checkpoint(out, progress, tensors):
+    """Write a checkpoint, whole or not at all, and let go of old ones. All processes must call it."""
+    path = out / f"checkpoint_{progress['update']:08d}"
+    temporary = out / f".{path.name}"
+    if rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        in_dcp(dcp.save, tensors, storage_writer=dcp.FileSystemWriter(temporary))
+    except dcp.api.CheckpointException as error:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {path}: {root_cause(error)}; nothing was changed") from error
+    if rank() == 0:
+        write_checkpoint(temporary / "run.pt", progress)
+        remove_folder(path)
+        os.replace(temporary, path)
+        for old in checkpoints(out)[KEPT:]:
+            remove_folder(old)
+
+
+def remove_folder(path):
+    """Gone from the list at once, and then from the disk."""
+    if path.exists():
+        hidden = path.with_name(f".old-{path.name}")
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def remove_leftovers(out):
+    """What a killed process left half written."""
+    for path in [*out.glob(".checkpoint_*"), *out.glob(".old-checkpoint_*"), *out.glob(".[0-9]*-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def newest_progress(out):
+    """settings, update, ... of the newest checkpoint that can be read."""
+    for path in checkpoints(out):
+        try:
+            return read_checkpoint(path / "run.pt", PROGRESS)
+        except UserError as error:
+            print(f"{error}; trying the one before")
+    raise UserError(f"{out}: no checkpoint there to go on from; without --resume a run begins")
+
+
+def load_checkpoint(out, players, ema, stage):
+    """Read the newest checkpoint that can be read into the run. Returns its progress."""
+    for path in checkpoints(out):
+        try:
+            progress, reader = read_checkpoint(path / "run.pt", PROGRESS), Reader(path)
+            names = reader.read_metadata().state_dict_metadata
+            for player in players:
+                for name, p in player.network.named_parameters():
+                    if f"{player.name}_adamw.{name}.step" in names:
+                        moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+                        player.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            with torch.no_grad():
+                in_dcp(dcp.load, run_tensors(players, ema, stage), storage_reader=reader)
+            return progress
+        except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError, EOFError, UserError) as error:
+            print(f"{path} cannot be read ({root_cause(error)}); trying the one before")
+    raise UserError(f"{out}: none of its checkpoints can be read")
+
+
+def in_dcp(function, tensors, **how):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        function(tensors, no_dist=not dist.is_initialized(), **how)
+
+
+def root_cause(error):
+    """What went wrong, in a line."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    error = error.__context__ if isinstance(error.__context__, OSError) else error
+    return str(getattr(error, "strerror", None) or error).strip().split("\n")[0]
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader of files. Their table of contents is a pickle, in which only DCP's own names are let through."""
+
+    NAMES = {
+        "torch.distributed.checkpoint.metadata": {
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties"),
+            *("ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    }
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name not in Reader.NAMES.get(module, ()):
+                raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
+            return super().find_class(module, name)
+
+    def read_metadata(self, *args, **kwargs):
+        with (self.path / ".metadata").open("rb") as file:
+            return self.Unpickler(file).load()
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # The loop
@@ -1172,60 +1531,60 @@ class Interruption:
 def train(stage_name, typed, resume):
     Stage = STAGES[stage_name]
     out = Path(typed.get("out", Stage.Settings.out))
-    keys = {"settings", "update", "run", "seconds", "best", "players", "ema", "stage"}
-    saved = read_checkpoint(out / "checkpoint.pt", keys) if resume else None
-    if not resume and (out / "checkpoint.pt").exists():
+    if not resume and checkpoints(out):
         raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
-    settings = restore(Stage.Settings, saved, typed) if saved else Stage.Settings(**typed)
+    settings = restore(Stage.Settings, newest_progress(out), typed) if resume else Stage.Settings(**typed)
     complete(settings)
-
     stage = Stage(settings)
-    model = stage.model
-    players = stage.players()  # one, or an auto-encoder and then its adversary
-    trained = [[p for p in network.parameters() if p.requires_grad] for _, network, *_ in players]
-    optimizers = [
-        torch.optim.AdamW(parameters, settings.lr, betas=betas, weight_decay=settings.weight_decay, fused=True)
-        for parameters, (*_, betas) in zip(trained, players)
-    ]
-    start, run, before, best = 0, 1, 0.0, math.inf
-    if not saved:
+    model, players = stage.model, stage.players()
+    if not resume:
         stage.start()
+    start, run, before, best = 0, 1, 0.0, math.inf
+    parallel(players, settings, start)
+    for player in players:
+        player.parameters = [p for p in player.network.parameters() if p.requires_grad]
+        player.optimizer = torch.optim.AdamW(
+            player.parameters, settings.lr, betas=player.betas, weight_decay=settings.weight_decay, fused=True
+        )
     ema = EMA(model, settings.ema)
-    if saved:
-        for (_, network, *_), optimizer, state in zip(players, optimizers, saved["players"]):
-            load_weights(network, state["weights"], out)
-            optimizer.load_state_dict(state["optimizer"])
-        ema.load(saved["ema"])
-        stage.load_state_dict(saved["stage"])
+    if resume:
+        saved = load_checkpoint(out, players, ema, stage)
+        stage.resumed()
         start, run, before, best = saved["update"], saved["run"] + 1, saved["seconds"], saved["best"]
 
-    epoch = len(stage.train_rows) / settings.batch  # updates
-    size = sum(p.numel() for p in trained[0]) / 1e6
-    print(f"{size:.1f}M parameters; {settings.updates:,} updates of {settings.batch}, {settings.updates / epoch:.1f} epochs")
+    epoch = len(stage.train_rows) / settings.images  # updates
+    print(describe(settings, players[0], epoch))
+    alone = communication_seconds(players, settings)
     log, means = Log(out / "log.csv", run, start, stage.columns), Means()
     autocast = mixed_precision(settings)
-    clock = time.perf_counter() - before
     stop = Interruption()
-    bar = tqdm(total=settings.updates, initial=start, unit="update", smoothing=0.05, disable=None)
+    bar = tqdm(total=settings.updates, initial=start, unit="update", smoothing=0.05, disable=True if rank() else None)
+    parts = [slice(i * world() + rank(), None, settings.accumulate * world()) for i in range(settings.accumulate)]
+    clock = time.perf_counter() - before
+    mark, counted = time.perf_counter(), start
 
     for n in range(start, settings.updates):
-        for (name, _, loss_of, _), parameters, optimizer in zip(players, trained, optimizers):
-            optimizer.param_groups[0]["lr"] = learning_rate(settings, n)
-            with autocast:
-                loss = loss_of(n)
-            if loss is None:
+        for player in players:
+            if n < player.start:
                 continue
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            means.add({f"{name}_loss": loss, f"{name}_grad_norm": norm})
+            player.optimizer.param_groups[0]["lr"] = learning_rate(settings, n)
+            total = 0.0
+            for part in parts:
+                with unsynchronised(player.loss, last=part is parts[-1]):
+                    with autocast:
+                        loss = player.loss(n, part) / settings.accumulate
+                    loss.backward()
+                total = total + loss.detach()
+            norm = whole_tensor(torch.nn.utils.clip_grad_norm_(player.parameters, settings.clip))
+            player.optimizer.step()
+            player.optimizer.zero_grad()
+            means.add({f"{player.name}_loss": total, f"{player.name}_grad_norm": norm})
         ema.update(n + 1)
         means.add(stage.figures)
         bar.update()
 
         done = n + 1
-        stopping = stop.signal  # read once: what comes after that signal waits for the next update
+        stopping = stop.agreed()  # asked once: a signal that comes later waits for the next update
         last = done == settings.updates or stopping
         save = last or done % settings.save_every == 0
         validate = not stopping and (last or done % settings.validate_every == 0)
@@ -1233,13 +1592,15 @@ def train(stage_name, typed, resume):
         if not (save or validate or preview or done % 10 == 0):
             continue
         row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n), **means.take()}
+        row["update_seconds"] = (time.perf_counter() - mark) / (done - counted)
+        row |= {"communication": alone / row["update_seconds"], "memory": peak_memory(settings)}
         if not all(map(math.isfinite, row.values())):
             bar.close()
             raise UserError(
                 f"the loss or its gradient is no longer finite at update {done}; stopped without saving, "
                 f"earlier checkpoints are untouched. Try a smaller --lr or --precision float32"
             )
-        images = (bar.format_dict["rate"] or 0) * settings.batch
+        images = (bar.format_dict["rate"] or 0) * settings.images
         bar.set_postfix_str(f"loss {row['train_loss']:.4f}, {images:.0f} images/s")
         with autocast:
             if validate:
@@ -1254,30 +1615,44 @@ def train(stage_name, typed, resume):
                     row |= stage.compare() if stage.compares else {}
         seconds = time.perf_counter() - clock
         log.write({"run": run, "seconds": seconds, **row})
-        weights = {"raw": model.state_dict(), "ema": model.state_dict() | ema.state_dict()}
-        if validate and stage.best_from is not None and done >= stage.best_from and row["validation_loss_ema"] < best:
-            best = row["validation_loss_ema"]
+        better = validate and stage.best_from is not None and done >= stage.best_from and row["validation_loss_ema"] < best
+        best = row["validation_loss_ema"] if better else best
+        if save or better:
+            raw = whole_tensors(model.state_dict())
+            weights = {"raw": raw, "ema": raw | whole_tensors(ema.state_dict())}
+        if better and rank() == 0:
             save_model(out / "best.pt", stage_name, asdict(settings), stage.classes, done, weights)
         if save:
-            state = [{"weights": p[1].state_dict(), "optimizer": o.state_dict()} for p, o in zip(players, optimizers)]
-            progress = {"update": done, "run": run, "seconds": seconds, "best": best}
-            content = {"settings": asdict(settings), **progress, "players": state, "ema": ema.state_dict()}
-            write_checkpoint(out / "checkpoint.pt", content | {"stage": stage.state_dict()})
+            progress = {"settings": asdict(settings), "update": done, "run": run, "seconds": seconds, "best": best}
+            save_checkpoint(out, progress, run_tensors(players, ema, stage))
+        if save and rank() == 0:
             save_model(out / "model.pt", stage_name, asdict(settings), stage.classes, done, weights)
             draw_losses(log.rows(), out / "loss.png", stage.loss_name)
         if stopping:
             bar.close()
             print(f"stopped after update {done} and saved; to go on: {resume_command(stage_name, out)}")
             sys.exit(128 + stopping)
+        mark, counted = time.perf_counter(), done
 
     bar.close()
     stop.end()
+    across(0.0)  # what process 0 has written is there for all
     print(f"{out / stage.picture} shows what the model can do; next: {stage.next.format(out=out)}")
+
+
+def describe(settings, player, epoch):
+    """What is about to be trained, in a line."""
+    s, size = settings, sum(p.numel() for p in player.parameters) / 1e6
+    factors = [f"{s.processes} processes ({s.strategy})"] * (s.processes > 1)
+    factors += [f"{s.accumulate} batches"] * (s.accumulate > 1) + [f"{s.batch} images"]
+    images = f"{s.images}" if len(factors) == 1 else f"{s.images} = {' x '.join(factors)}"
+    return f"{size:.1f}M parameters; {s.updates:,} updates of {images}, {s.updates / epoch:.1f} epochs"
 
 
 def restore(Settings, saved, typed):
     """The settings of a saved run; of what was typed, only fields marked `resume` may differ."""
     settings = Settings(**saved["settings"])
+    images = settings.images
     for f in fields(settings):
         value = typed.get(f.name, getattr(settings, f.name))
         value = tuple(value) if isinstance(value, list) else value
@@ -1285,6 +1660,14 @@ def restore(Settings, saved, typed):
             old = getattr(settings, f.name)
             raise UserError(f"{option(f.name)} was {old} when this run began; another value needs a new --out DIR")
         setattr(settings, f.name, value)
+    settings.processes = world()
+    if "batch" not in typed:
+        settings.batch = max(1, images // (settings.accumulate * settings.processes))
+    if settings.images != images:
+        factors = f"{settings.processes} processes x --accumulate {settings.accumulate} x --batch {settings.batch}"
+        raise UserError(f"an update of this run has {images} images; {factors} are {settings.images}")
+    if "strategy" not in typed:
+        settings.strategy = "auto"
     return settings
 
 
@@ -1295,14 +1678,54 @@ def resume_command(stage_name, out):
 
 def main():
     stage, typed, resume = parse()
-    if "chart" not in typed:
-        train(stage, typed, resume)
+    if "chart" in typed:
+        draw_chart(stage, typed)
         return
+    program = partial(train, stage, typed, resume)
+    if "RANK" in os.environ:
+        in_company(program)
+    else:
+        program()
+
+
+def draw_chart(stage, typed):
+    """--chart: the losses of a run (5.2), from its log."""
     log = Path(typed.get("out", STAGES[stage].Settings.out)) / "log.csv"
     if not log.exists():
         raise UserError(f"{log}: no such file; {what_makes(log)}")
     draw_losses(log_rows(log), picture_name(typed["chart"]), STAGES[stage].loss_name)
     print(f"{typed['chart']}: the losses of {log}")
+
+
+def in_company(program):
+    """Run it as one of torchrun's processes: what stops them all is said once, and a finished one exits with 0."""
+
+    def speak_in_turn():
+        try:
+            join()
+            program()
+        except UserError:
+            if rank():  # process 0 says the same, and torchrun ends this one when that has ended
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(2)
+            raise
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+                raise
+            raise UserError(
+                f"process {rank()} of {world()}: another one is gone; --resume goes on from the last checkpoint"
+            ) from error
+
+    code = 0
+    try:
+        run_program(speak_in_turn)
+    except SystemExit as end:
+        code = end.code
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a thread of gloo's, still there, would abort one exit in ten
 
 
 if __name__ == "__main__":

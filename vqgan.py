@@ -494,12 +494,13 @@ def generator_loss(fake, kind="hinge"):
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def adaptive_weight(rec_loss, g_loss, last_layer, delta=1e-4):
+def adaptive_weight(rec_loss, g_loss, last_layer, average=lambda gradient: gradient, delta=1e-4):
     """lambda of eq. 3.5, for which the thesis gives no formula (E18).
 
         lambda = |grad_L rec_loss| / (|grad_L g_loss| + delta),   L the weight of the decoder's last layer; in [0, 10^4]
 
-    Returns a number without gradient. Only the generator's term is weighted; D has a loss and an optimiser of its own.
+    average: of the gradients of several processes that share a batch. Returns a number without gradient. Only the generator's
+    term is weighted; D has a loss and an optimiser of its own.
     """
-    grad_rec, grad_g = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec_loss, g_loss))
+    grad_rec, grad_g = (average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) for loss in (rec_loss, g_loss))
     return (grad_rec.norm() / (grad_g.norm() + delta)).clamp(0, 1e4).detach()

@@ -56,6 +56,20 @@ def refused(run):
     return call
 
 
+def newest_checkpoint(out):
+    """Everything in a run's newest checkpoint: the plain values of run.pt, and all tensors by name."""
+    folder = train.checkpoints(out)[0]
+    reader = train.Reader(folder)
+    names = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in names.items()}
+    train.in_dcp(train.dcp.load, tensors, storage_reader=reader)
+    return torch.load(folder / "run.pt", weights_only=True), tensors
+
+
+def equal_tensors(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def make_tiny_model(path, **changes):
     settings = TINY | changes
     torch.manual_seed(0)

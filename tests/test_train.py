@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import equal_tensors, newest_checkpoint
 from PIL import Image
 
 import train
@@ -25,20 +26,6 @@ def stage(**changes):
     settings = Letters(channels=16, multipliers=(1, 1), batch=8, precision="float32", device="cpu", **changes)
     complete(settings)
     return LettersStage(settings)
-
-
-def saved(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 # ---------------------------------------------------------------------------------------------------- pieces
@@ -230,14 +217,13 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(run, undisturbed
     monkeypatch.setattr(EMA, "update", interrupt)
     code, text, _ = run("train", *SHORT, "--out", out)
     assert code == 128 + number and f"--resume --out {out}" in text
-    assert saved(out)["update"] == 6
+    assert newest_checkpoint(out)[0]["update"] == 6
     monkeypatch.setattr(EMA, "update", update)
     code, *_ = run("train", "--stage", "letters", "--resume", "--out", out)
     assert code == 0
-    one, two = saved(undisturbed), saved(out)
-    assert one["update"] == two["update"] == 12
-    for key in ("players", "ema", "best"):
-        assert equal(one[key], two[key]), key
+    (one, tensors), (two, others) = newest_checkpoint(undisturbed), newest_checkpoint(out)
+    assert one["update"] == two["update"] == 12 and one["best"] == two["best"]
+    assert equal_tensors(tensors, others)
     assert {r["run"] for r in train.csv.DictReader((out / "log.csv").open())} == {"1", "2"}
 
 
@@ -250,14 +236,18 @@ def test_a_signal_during_validation_still_saves_before_it_stops(run, tmp_path, m
 
     monkeypatch.setattr(LettersStage, "validate", interrupted)
     code, *_ = run("train", *SHORT, "--validate-every", 3, "--save-every", 5, "--out", tmp_path / "run")
-    assert code == 128 + signal.SIGTERM and saved(tmp_path / "run")["update"] == 4
+    assert code == 128 + signal.SIGTERM and newest_checkpoint(tmp_path / "run")[0]["update"] == 4
+
+
+def contents(run):
+    return {path.relative_to(run): path.read_bytes() for path in [*run.glob("*.pt"), *run.glob("checkpoint_*/*")]}
 
 
 def test_a_run_is_not_overwritten_and_settings_do_not_drift(refused, undisturbed):
-    before = (undisturbed / "checkpoint.pt").read_bytes()
+    before = contents(undisturbed)
     assert "--resume goes on with it" in refused("train", *SHORT, "--out", undisturbed)
     assert "--lr was" in refused("train", "--stage", "letters", "--resume", "--lr", 1, "--out", undisturbed)
-    assert (undisturbed / "checkpoint.pt").read_bytes() == before
+    assert contents(undisturbed) == before
 
 
 def test_5_4_1_kernel_distance_during_training(run, tmp_path):
@@ -268,7 +258,7 @@ def test_5_4_1_kernel_distance_during_training(run, tmp_path):
         code, _, err = run("train", *whole, "--kernel-distance", n, "--out", tmp_path / str(n))
         assert code == 0, err
         rows[n] = list(train.csv.DictReader((tmp_path / str(n) / "log.csv").open()))
-    assert equal(saved(tmp_path / "0")["players"], saved(tmp_path / "52")["players"])
+    assert equal_tensors(newest_checkpoint(tmp_path / "0")[1], newest_checkpoint(tmp_path / "52")[1])
     assert not any("kernel" in name for name in rows[0][0]) and [row["update"] for row in rows[0]] == ["3", "4"]
     assert [row["update"] for row in rows[52] if row["kernel_distance"]] == ["3", "4"]
 
@@ -308,8 +298,7 @@ def test_4_4_2_classifier_learns_its_images_and_resumes_bit_for_bit(run, refused
         patch.setattr(EMA, "update", lambda ema, n: update(ema, n) or (n == 30 and os.kill(os.getpid(), signal.SIGTERM)))
         assert run("train", *how, "--out", tmp_path / "stopped")[0] == 128 + signal.SIGTERM
     assert run("train", "--stage", "classifier", "--resume", "--out", tmp_path / "stopped")[0] == 0
-    one, two = saved(tmp_path / "whole"), saved(tmp_path / "stopped")
-    assert equal(one["players"], two["players"]) and equal(one["ema"], two["ema"])
+    assert equal_tensors(newest_checkpoint(tmp_path / "whole")[1], newest_checkpoint(tmp_path / "stopped")[1])
     error = refused("train", *how, "--run", tmp_path / "whole", "--out", tmp_path / "other")
     assert "is a classifier" in error
 
@@ -318,11 +307,11 @@ def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
     out = tmp_path / "run"
     error = refused("train", *SHORT, "--lr", 1e30, "--warmup", 0, "--clip", 1e30, "--out", out)
     assert "no longer finite" in error
-    assert not (out / "checkpoint.pt").exists() and not (out / "model.pt").exists()
+    assert not list(out.glob("checkpoint_*")) and not (out / "model.pt").exists()
 
 
 def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
-    before = {p.name: p.read_bytes() for p in undisturbed.glob("*.pt")}
+    before = contents(undisturbed)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
@@ -330,7 +319,7 @@ def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "cannot write" in error and "nothing was changed" in error
-    assert {p.name: p.read_bytes() for p in undisturbed.glob("*.pt")} == before
+    assert contents(undisturbed) == before
     assert [p.name for p in undisturbed.iterdir() if p.name.startswith(".")] == []
 
 
@@ -338,7 +327,7 @@ def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
     "arguments, words",
     [
         (("--data", "nowhere"), "nowhere: no such file or folder"),
-        (("--resume",), "no such file"),
+        (("--resume",), "no checkpoint there to go on from"),
         (("--batch", 0), "--batch 0: must be more than 0"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be between 0 and 1"),
         (("--channels", 20), "multiple of 16"),
