@@ -507,7 +507,7 @@ def bench_unet(against=None):
 
 
 def unet_times(mode):
-    """Peak memory in MiB of forward and backward; CPU seconds of a forward alone and of both, float32 unless `mode` has bf16."""
+    """Peak memory, MiB, of forward and backward; CPU seconds of a forward alone and of both, float32 unless `mode` has bf16."""
     if "tune" in mode:
         tune("cpu")
     torch.manual_seed(0)
