@@ -32,6 +32,8 @@ class LabelledDiffusion(nn.Module):
     names in order, the zero-label of 4.4.3 is the number after the last; shape: (C, H, W) of what is diffused.
     """
 
+    guide_above = 0.0  # the noise above which classifier-free guidance is on unless told otherwise, see `sample.with_cfg`
+
     def __init__(self, unet, beta, classes, shape, predict="eps"):
         super().__init__()
         self.unet, self.classes, self.shape, self.predict = unet, list(classes), tuple(shape), predict
@@ -171,7 +173,9 @@ def build_latent(settings, classes):
     unet = latent_unet(z_channels=first_stage.z_channels, **{name: settings[name] for name in names})
     beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (first_stage.z_channels, side, side)
     more = {name: settings[name] for name in ("predict", "latent_scale", "context_channels")}
-    return LatentDiffusion(unet, first_stage, beta, classes, shape, **more).to(memory_format=torch.channels_last)
+    model = LatentDiffusion(unet, first_stage, beta, classes, shape, **more).to(memory_format=torch.channels_last)
+    model.guide_above = settings.get("guide_above", 0.0)  # published models do not say
+    return model
 
 
 def fingerprint(module, *more):

@@ -192,15 +192,25 @@ def with_labels(model, y):
     return lambda x, t: model.eps(x, t, y)
 
 
-def with_cfg(model, y, scale):
-    """Classifier-free guidance as eps(x, t): zero-label and label in one batch, one evaluation at scale 1 or 0 (E49)."""
+def with_cfg(model, y, scale, guide_above=0.0):
+    """Classifier-free guidance as eps(x, t): zero-label and label in one batch, one evaluation at scale 1 or 0 (E49).
+
+    guide_above: N; guided only while the noise, sqrt((1 - alpha_bar_t)/alpha_bar_t), is above it, then scale 1 (not in the
+    thesis). For Gaussian data the mean of the samples is then not m_0 + s (m_y - m_0) but, where x_0 has the deviation S,
+
+        m_y + S / sqrt(S^2 + N^2) (s - 1) (m_y - m_0)
+
+    so that a large scale moves what varies most, the colour of the picture as a whole, and hardly any single position.
+    """
     zero = torch.full_like(y, model.zero_label)
     if scale in (0, 1):
         return with_labels(model, y if scale else zero)
 
-    labels = torch.cat([zero, y])
+    labels, alpha_bar = torch.cat([zero, y]), model.diffusion.alpha_bar
 
     def eps(x, t):
+        if 1 - alpha_bar[t] <= guide_above**2 * alpha_bar[t]:
+            return model.eps(x, t, y)
         eps_zero, eps_y = model.eps(torch.cat([x, x]), t, labels).chunk(2)
         return classifier_free_guidance(eps_zero, eps_y, scale)
 
@@ -269,17 +279,21 @@ SAMPLERS = ("plms", "ddim", "ddpm", "dpm")
 
 
 @torch.no_grad()
-def denoise(model, y, seeds, sampler="plms", steps=50, scale=2.0, eta=0.0, clip=False, classifier=None, bf16=False):
+def denoise(
+    model, y, seeds, sampler="plms", steps=50, scale=2.0, guide_above=None, eta=0.0, clip=False, classifier=None, bf16=False
+):
     """A sampler at work, (t, x, x_0) after every step, for labels y (B,) and one seed an image.
 
-    steps: how many, spread evenly, or the list of time steps itself; classifier: guides instead of the model's own labels.
+    steps: how many, spread evenly, or the list of time steps itself; guide_above: see `with_cfg`, by default the model's
+    own; classifier: guides instead of the model's own labels.
     """
+    guide_above = model.guide_above if guide_above is None else guide_above
     alpha_bar = model.diffusion.alpha_bar
     times = steps if isinstance(steps, list) else timesteps(model.diffusion.T, steps)
     device = model.device
     noise = ImageNoise(seeds, model.shape, device)
     y, gradient = torch.as_tensor(y, device=device), None
-    eps = with_cfg(model, y, 0 if classifier else scale)
+    eps = with_cfg(model, y, 0 if classifier else scale, guide_above)
     if classifier and scale:
         gradient = classifier_gradient(classifier, y)
     if bf16:
@@ -665,6 +679,12 @@ def parse():
     p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
     p.add_argument("--times", choices=("even", "published"), default="even", help="published = the published sampler's table")
     p.add_argument("--scale", type=float, default=2.0, help="guidance scale, 1 = none (default 2, as the thesis chose)")
+    p.add_argument(
+        "--guide-above",
+        type=float,
+        metavar="NOISE",
+        help="guide only while the noise, sqrt((1 - alpha_bar)/alpha_bar), is above this; 0 = always (default: the model's)",
+    )
     p.add_argument("--guidance", choices=("classifier-free", "classifier"), default="classifier-free", help="4.4.3 or 4.4.2")
     p.add_argument("--classifier", help="run folder or file of the classifier for it (default runs/classifier)")
     p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1 (default 0)")
@@ -701,6 +721,10 @@ def check(args):
     for scale in args.scales or [args.scale]:
         if not 0 <= scale < math.inf:
             raise UserError(f"--scale {scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
+    if args.guide_above is not None and not 0 <= args.guide_above < math.inf:
+        raise UserError(f"--guide-above {args.guide_above:g}: must be 0 (guide always) or more")
+    if args.guide_above is not None and args.guidance == "classifier":
+        raise UserError("--guide-above: only with --guidance classifier-free")
     if args.scales and args.n == 1:
         raise UserError("--scales: the variety of a row needs --n 2 or more")
     folder = args.per_label or args.reconstruct and not Path(args.out or ".").suffix
@@ -742,6 +766,7 @@ def write_samples(args, device):
     how["classifier"] = (
         load_classifier(args.classifier or "runs/classifier", model, args.weights, args.compile) if guided else None
     )
+    how["guide_above"] = model.guide_above if args.guide_above is None else args.guide_above
     how["bf16"] = args.precision == "bf16"
     label = label_number(model, args.label) if args.label else None
     none = label == model.zero_label or args.grid or args.scales

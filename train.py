@@ -367,6 +367,11 @@ class Latent(DiffusionSettings):
     latent_scale: float | None = flag(
         None, "factor on the latents (default: small 1/std, thesis 1 as published, E54)", kind=float
     )
+    guide_above: float | None = flag(
+        None,
+        "noise above which previews and sample.py guide, see sample.py --help (default: small 8, thesis 0 = always)",
+        kind=float,
+    )
     checkpoint_activations: bool = flag(False, "compute activations again for the gradient: less memory", resume=True)
     cpu_offload: bool = flag(False, "fsdp: weights, gradients and moments wait in the memory of the CPU (E59)", resume=True)
     first_stage_settings: dict | None = None  # no flag: what the first stage's file says
@@ -388,6 +393,8 @@ class Latent(DiffusionSettings):
             raise UserError("--compile: not with --strategy fsdp, whose weights come and go; ddp compiles")
         if self.latent_scale is not None and self.latent_scale <= 0:
             raise UserError(f"--latent-scale {self.latent_scale}: must be more than 0")
+        if self.guide_above < 0:
+            raise UserError(f"--guide-above {self.guide_above:g}: must be 0 (guide always) or more")
 
     def preset(self):
         """The network of the model that --init names."""
@@ -398,7 +405,7 @@ class Latent(DiffusionSettings):
         model = load_model(self.init)
         if model.stage != "ldm":
             raise UserError(f"--init {self.init}: no latent model")
-        preset = {name: model.settings[name] for name in self.NETWORK}
+        preset = {name: model.settings[name] for name in self.NETWORK} | {"guide_above": model.guide_above}
         for name, value in preset.items():
             if getattr(self, name) not in (None, value):
                 raise UserError(f"{option(name)} {getattr(self, name)}: --init {self.init} has {value}; leave the flag away")
@@ -480,6 +487,7 @@ SIZES = {
             "T": 1000,
             "groups": 2,
             "context_channels": 512,
+            "guide_above": 8.0,
         },
         "thesis": {
             "updates": 88_000,
@@ -495,6 +503,7 @@ SIZES = {
             "groups": 32,
             "context_channels": 512,
             "latent_scale": 1.0,
+            "guide_above": 0.0,
         },
     },
 }

@@ -1,6 +1,7 @@
 """Sections 3.6, 4.4.4, 4.4.7 and 4.5: the latent model, its stage in train.py, published files, and what sample.py draws."""
 
 import csv
+import json
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from data import COLOURS, UserError, open_paintings, to_tensor
 from ddpm import SCHEDULES, drop_labels
 from fid import colour_distances
 from ldm import LatentDiffusion, build_first_stage, build_latent, load_model, save_model
-from sample import colour_distance, generate, images_by_label, variety
+from sample import colour_distance, denoise, generate, images_by_label, variety
 from train import (
     EMA,
     SIZES,
@@ -363,6 +364,7 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(run, refuse
         (("--attention-levels", 2), "--attention-levels: expected numbers from 0 to 1"),
         (("--size", 18), "--size 18: expected a multiple of 4"),
         (("--latent-scale", 0), "--latent-scale 0.0: must be more than 0"),
+        (("--guide-above", -1), "--guide-above -1: must be 0 (guide always) or more"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be between 0 and 1"),
         (("--init", "a.ckpt"), "--init a.ckpt brings its own; leave the flag away"),
     ],
@@ -555,6 +557,23 @@ def test_5_3_1_scales_side_by_side(run, refused, undisturbed, tmp_path):
     assert lines[2].split() == ["scale", "5", f"{distance:.1f}", f"{spread:.1f}"]
     assert Image.open(out).size[1] == 9 * 18 + 2 + 24
     assert "needs --n 2 or more" in refused("sample", *common, "--scales", 1, "--n", 1)
+
+
+def test_the_small_model_guides_where_the_noise_is_strong_and_says_so(run, refused, undisturbed, cin, tmp_path):
+    """The model's own --guide-above is the default of all that draws, and is recorded; published models always guide."""
+    assert (load_model(undisturbed).guide_above, load_model(cin).guide_above) == (8, 0)
+    assert SIZES[Latent]["thesis"]["guide_above"] == 0
+    model, out = tiny(guide_above=8.0), tmp_path / "set"
+    how = ({}, {"guide_above": 8.0}, {"guide_above": 0.0})
+    own, same, plain = (list(denoise(model, [0, 1], [0, 1], steps=4, scale=15.0, **more))[-1][1] for more in how)
+    assert torch.equal(own, same) and (own - plain).abs().max() > 1e-3
+    common = ("--run", undisturbed, "--steps", 2, "--label", 0)
+    for more, value in ((), 8.0), (("--guide-above", 0), 0.0):
+        code, _, err = run("sample", *common, "--per-label", 1, "--out", out / str(value), *more)
+        assert code == 0, err
+        assert json.loads((out / str(value) / "settings.json").read_text())["guide_above"] == value
+    assert "must be 0 (guide always) or more" in refused("sample", *common, "--guide-above", -1)
+    assert "only with --guidance classifier-free" in refused("sample", *common, "--guide-above", 1, "--guidance", "classifier")
 
 
 def test_a_letters_model_has_one_size(refused, tiny_model):

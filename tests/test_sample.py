@@ -302,7 +302,7 @@ def test_published_plms_is_reproduced():
 class GaussianModel:
     """A model whose label y means data N(m_y, S^2); label 2 is the zero-label."""
 
-    zero_label, means = 2, torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
+    diffusion, zero_label, means = D, 2, torch.tensor([1.0, -0.5, 0.2], dtype=torch.float64)
 
     def __init__(self):
         self.batches = []
@@ -327,11 +327,26 @@ def test_classifier_free_guidance_reaches_the_closed_form(scale):
     torch.testing.assert_close(noiseless, mean, atol=0.01, rtol=0)
 
 
+def test_guidance_of_the_noisy_part_reaches_the_closed_form():
+    """Below noise N only the label's own eps acts: of (s - 1) (m_y - m_0) the share S / sqrt(S^2 + N^2) is left."""
+    model, y, scale = GaussianModel(), torch.tensor([0, 1]), 15.0
+    z = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    for t in (300, 700, 1000):  # the first step that is not guided begins here; at T none is
+        n = ((1 - A[t]) / A[t]).sqrt()
+        mean = model.means[y] + (S / (S**2 + n**2).sqrt() * (scale - 1) * (model.means[y] - 0.2) if t < 1000 else 0)
+        start, var = law(1000, 0.2 + (scale if t < 1000 else 1) * (model.means[y] - 0.2))
+        for sampler in (ddim, plms, dpm):
+            path = sampler(with_cfg(model, y, scale, n), start + var.sqrt() * z, timesteps(1000, 1000), A)
+            torch.testing.assert_close(last(path), mean + S * z, atol=0.03, rtol=0)
+
+
 def test_classifier_free_guidance_is_one_batched_evaluation():
     y, x = torch.tensor([0, 1]), randn(2)
-    for scale, batches in ((2.0, [[2, 2, 0, 1]]), (1.0, [[0, 1]]), (0.0, [[2, 2]])):
+    n = ((1 - A[500]) / A[500]).sqrt()
+    cases = ((2.0, 0, [[2, 2, 0, 1]]), (2.0, 0.99 * n, [[2, 2, 0, 1]]), (2.0, 1.01 * n, [[0, 1]]))
+    for scale, guide_above, batches in (*cases, (1.0, 0, [[0, 1]]), (0.0, 99.0, [[2, 2]])):
         model = GaussianModel()
-        with_cfg(model, y, scale)(x, 500)
+        with_cfg(model, y, scale, guide_above)(x, 500)
         assert model.batches == batches
 
 
