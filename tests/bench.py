@@ -1,13 +1,7 @@
 """Performance, measured as ratios within one run:  python tests/bench.py
 
-<<<<<<< HEAD
-training     images/s of the letters model, in float32 and bf16
-sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it; letters and
-             latents
-=======
 training     images/s of the letters model, in float32 and bf16, and the share of the machine's peak, measured beside it
 sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it
->>>>>>> figures9
 solvers      error against evaluations on a Gaussian mixture, letters recognised against steps -> assets/solvers.png
 guidance     letters recognised and their variety against the scale, both guidances -> assets/guidance.png
 unet         the thesis's 400M U-Net at batch 2: forward, forward + backward, peak memory, in every mode; AdamW on its weights
@@ -51,11 +45,8 @@ from data import (
     pack_paintings,
     paint,
     rgb_to_lab,
-<<<<<<< HEAD
-    side_by_side,
-=======
     run_program,
->>>>>>> figures9
+    side_by_side,
     to_tensor,
 )
 from ddpm import Diffusion, linear_schedule
@@ -71,11 +62,7 @@ from fid import (
     paintings_features,
 )
 from ldm import PixelDiffusion, build_latent
-<<<<<<< HEAD
-from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, variety
-=======
-from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, tune
->>>>>>> figures9
+from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, tune, variety
 from train import EMA, SIZES, FirstStage, Latent, Letters, checkpoint_activations
 from unet import latent_unet, letters_unet
 from vqgan import VQGAN, nearest_code
@@ -126,25 +113,6 @@ def bench_training(batch=64):
         print(f"    {rate:.0f} Gflop/s, {' and '.join(shares)}")
 
 
-<<<<<<< HEAD
-def bench_sampling(batch=64, steps=50, rounds=2):
-    """PLMS with guidance, and as many evaluations of the bare network at the same batch and precision, step by step in turns.
-
-    The letters model and the small latent model, random weights.
-    """
-    for name, model in (("letters", letters_model()), ("latents", latent_model("small"))):
-        for bf16 in (False, True):
-            sampling, bare, inside = sampling_times(model.eval(), batch, steps, rounds, bf16)
-            what = f"sampling {name}, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
-            rate = f"{batch / sampling:.1f} images/s; {bare / sampling:.3f} of the images/s of {steps + 1} bare evaluations"
-            print(f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network", flush=True)
-
-
-@torch.no_grad()
-def sampling_times(model, batch, steps, rounds, bf16):
-    """Seconds of one sampling, of as many bare evaluations, and of the sampling inside the network: of every step the fastest
-    of the rounds."""
-=======
 def peaks(bf16):
     """Floating-point operations a second of a large matrix product and of a large 3 x 3 convolution."""
     dtype = torch.bfloat16 if bf16 else torch.float32
@@ -156,9 +124,29 @@ def peaks(bf16):
 
 
 def bench_sampling(batch=64, steps=50, rounds=2, against=None):
-    """In turns: PLMS with guidance, and as many evaluations of the bare network at the same batch and precision."""
-    model = letters_model().eval()
->>>>>>> figures9
+    """PLMS with guidance, and as many evaluations of the bare network at the same batch and precision, step by step in turns.
+
+    The letters model and the small latent model, random weights.
+    """
+    for name, model in (("letters", letters_model()), ("latents", latent_model("small"))):
+        for bf16 in (False, True):
+            sampling, bare, inside = sampling_times(model.eval(), batch, steps, rounds, bf16)
+            what = f"sampling {name}, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
+            rate = f"{batch / sampling:.1f} images/s; {bare / sampling:.3f} of the images/s of {steps + 1} bare evaluations"
+            print(f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network", flush=True)
+    x, alpha_bar = torch.randn(16, 4, 32, 32), model.diffusion.alpha_bar
+    ours = seconds(lambda: list(plms(lambda x, t: 0.1 * x, x, timesteps(1000, steps), alpha_bar)))
+    print(f"sampler alone, PLMS-{steps}, 16 latents of 4 x 32 x 32, a network that takes no time: {1000 * ours:.1f} ms", end="")
+    if against:
+        theirs = seconds(lambda: pndm(x, steps))
+        print(f"; diffusers' PNDM {1000 * theirs:.1f} ms, {theirs / ours:.1f} times as long", end="")
+    print()
+
+
+@torch.no_grad()
+def sampling_times(model, batch, steps, rounds, bf16):
+    """Seconds of one sampling, of as many bare evaluations, and of the sampling inside the network: of every step the fastest
+    of the rounds."""
     network, inside = model.unet.forward, 0.0
     y, seeds = np.arange(batch) % model.zero_label, np.arange(batch)
     x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), np.arange(2 * batch) % model.zero_label
@@ -182,7 +170,6 @@ def bench_sampling(batch=64, steps=50, rounds=2, against=None):
         path = denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16)
         for j in range(steps):
             inside, start = 0.0, time.perf_counter()
-<<<<<<< HEAD
             next(path)
             middle = time.perf_counter()
             for _ in range(1 + (j == 0)):  # PLMS looks ahead once
@@ -190,24 +177,6 @@ def bench_sampling(batch=64, steps=50, rounds=2, against=None):
             times[:, i, j] = middle - start, time.perf_counter() - middle, inside
     model.unet.forward = network
     return times.min(1).sum(1)
-=======
-            list(denoise(model, y, seeds, steps=steps, scale=2.0, bf16=bf16))
-            samplings.append(time.perf_counter() - start)
-            outside.append(1 - inside / samplings[-1])
-            start = time.perf_counter()
-            bare(steps + 1)
-            bares.append(time.perf_counter() - start)
-        name = f"sampling, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
-        ratio, outside = min(bares) / min(samplings), 100 * min(outside)
-        print(f"{name}: {batch / min(samplings):.1f} images/s; {ratio:.3f} of the images/s of {steps + 1} bare evaluations")
-        print(f"    {outside:.2f} % of the time outside the network")
-    x, alpha_bar = torch.randn(16, 4, 32, 32), model.diffusion.alpha_bar
-    ours = seconds(lambda: list(plms(lambda x, t: 0.1 * x, x, timesteps(1000, steps), alpha_bar)))
-    print(f"sampler alone, PLMS-{steps}, 16 latents of 4 x 32 x 32, a network that takes no time: {1000 * ours:.1f} ms", end="")
-    if against:
-        theirs = seconds(lambda: pndm(x, steps))
-        print(f"; diffusers' PNDM {1000 * theirs:.1f} ms, {theirs / ours:.1f} times as long", end="")
-    print()
 
 
 def pndm(x, steps):
@@ -218,7 +187,6 @@ def pndm(x, steps):
     for t in scheduler.timesteps:
         x = scheduler.step(0.1 * x, t, x).prev_sample
     return x
->>>>>>> figures9
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -622,12 +590,8 @@ def latent_model(size):
 
 def latent_update(bf16, again):
     """Peak memory in MiB, and seconds of the second update: forward, backward, clipping, AdamW, averaging."""
-<<<<<<< HEAD
-    model = latent_model("thesis")
-=======
     tune("cpu")
-    model = latent_model()
->>>>>>> figures9
+    model = latent_model("thesis")
     if again:
         checkpoint_activations(model.unet)
     ema = EMA(model, 0.9999)
@@ -646,12 +610,8 @@ def latent_update(bf16, again):
 
 
 def latent_picture(bf16):
-<<<<<<< HEAD
-    model = latent_model("thesis").eval()
-=======
     tune("cpu")
-    model = latent_model().eval()
->>>>>>> figures9
+    model = latent_model("thesis").eval()
     start = time.perf_counter()
     generate(model, [2], steps=50, scale=2.0, bf16=bf16, progress=False)
     return peak_memory(), time.perf_counter() - start

@@ -14,11 +14,7 @@ from conftest import equal_tensors, newest_checkpoint
 from PIL import Image
 
 import train
-<<<<<<< HEAD
 from data import TABLE_4_1, open_letters, rows_of_update
-=======
-from data import open_letters, rows_of_update
->>>>>>> figures9
 from fid import kernel_distance, letters_features
 from ldm import load_model
 from sample import generate
