@@ -4,6 +4,7 @@
     python data.py letters --fonts DIR --out DIR        make such a set from fonts
     python data.py paintings --data DIR --out DIR       pack any folder of images with colour labels; without --data, paint one
     python data.py relabel --data DIR                   compare the thesis's two labelling rules (figs 4.2 and 4.3)
+    python data.py rows LDM=DIR StyleGAN=DIR            chosen images of several models, a row each (fig. 5.8)
 
 A set of images is packed once into a uint8 memory map; training then reads batches straight from it. The embedded letters
 (`assets/letters.png`: 400 fonts x 26 capitals) need no packing, and neither they nor the embedded painter a download.
@@ -89,6 +90,13 @@ def whole_file(path):
     except BaseException:
         _remove(temporary)
         raise
+
+
+def picture_name(path):
+    """`path`, if it is the name of a file that Pillow can write."""
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise UserError(f"{path}: not the name of a picture; end it with .png")
+    return path
 
 
 def _remove(path):
@@ -1512,14 +1520,20 @@ def parse():
     p.set_defaults(**DEFAULTS)
     p = commands.add_parser("relabel", help="compare the RGB and the LAB rule on a set: histograms, transitions, mismatches")
     p.add_argument("--data", help="folder of images, or packed by `paintings` (default: the embedded painter)")
-    p.add_argument("--out", default="relabel", help="folder for chart.png and mismatches.png (default relabel)")
+    p.add_argument("--out", default="relabel", help="folder for figure_4_2.png and figure_4_3.png (default relabel)")
     p.add_argument("--size", type=int, help="of images that are not packed yet (default 256)")
+    p = commands.add_parser("rows", help="one picture of several folders of images, a row each (fig. 5.8)")
+    p.add_argument("rows", nargs="+", metavar="NAME=DIR", help="a row's name, and the folder of its images, nested or flat")
+    p.add_argument("--n", type=int, default=8, help="images a row, spread evenly over those of the folder (default 8)")
+    p.add_argument("--size", type=int, default=128, help="pixels a side that every image is brought to (default 128)")
+    p.add_argument("--out", default="rows.png", help="the picture (default rows.png)")
     return parser.parse_args()
 
 
 def main():
     args = parse()
-    {"letters": letters_command, "paintings": paintings_command, "relabel": relabel_command}[args.command](args)
+    commands = {"letters": letters_command, "paintings": paintings_command, "relabel": relabel_command, "rows": rows_command}
+    commands[args.command](args)
 
 
 def letters_command(args):
@@ -1538,8 +1552,8 @@ def letters_command(args):
 def paintings_command(args):
     if args.size < 8 or args.count < 1 or args.each < 1 or args.seed < 0 or (args.processes or 1) < 1:
         raise UserError("--size must be 8 or more, --count, --each and --processes 1 or more, --seed 0 or more")
-    if args.sheet and Path(args.sheet).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--sheet {args.sheet}: not the name of a picture; end it with .png")
+    if args.sheet:
+        picture_name(args.sheet)
     own = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
     useless = set(own) & ({"count", "shares", "seed"} if args.data else {"space", "palette"})
     if useless:
@@ -1581,13 +1595,37 @@ def relabel_command(args):
         for i, label in enumerate(paintings.classes)
     ]
     out = Path(args.out)
-    with whole_file(out / "chart.png") as temporary:
+    with whole_file(out / "figure_4_3.png") as temporary:
         bars(rows, "share", f"Labels of {len(rgb):,} images, per cent").save(temporary)
-    print(f"{out / 'chart.png'}: both histograms (fig. 4.3)")
+    print(f"{out / 'figure_4_3.png'}: both histograms")
     if (rgb != lab).any():
-        with whole_file(out / "mismatches.png") as temporary:
+        with whole_file(out / "figure_4_2.png") as temporary:
             worst_mismatches(paintings, rgb, lab, excess).save(temporary)
-        print(f"{out / 'mismatches.png'}: where the RGB labels fit worst (fig. 4.2)")
+        print(f"{out / 'figure_4_2.png'}: where the RGB labels fit worst")
+
+
+def rows_command(args):
+    """Figure 5.8: the chosen images of each folder in a row; of more than --n, as many spread evenly over them."""
+    if args.n < 1 or args.size < 8:
+        raise UserError("--n must be 1 or more, --size 8 or more")
+    out, images, names = picture_name(args.out), [], []
+    for item in args.rows:
+        name, _, folder = item.partition("=")
+        if not folder:
+            raise UserError(f"{item}: expected NAME=DIR, such as LDM=samples/blue")
+        if not Path(folder).is_dir():
+            raise UserError(f"{folder}: no such folder; python sample.py --per-label N --out DIR makes one of generated images")
+        files = sorted(path / file for path, _, found in walk(Path(folder)) for file in found)
+        if not files:
+            raise UserError(f"{folder}: no images in it")
+        row = np.full((args.n, args.size, args.size, 3), 255, np.uint8)
+        for i, k in enumerate(np.linspace(0, len(files) - 1, min(args.n, len(files))).astype(int)):
+            row[i] = load_image(files[k], args.size)
+        images.append(row)
+        names.append(name)
+    with whole_file(out) as temporary:
+        grid(np.concatenate(images), args.n, names).save(temporary)
+    print(f"{out}: {', '.join(names)}, a row each")
 
 
 if __name__ == "__main__":

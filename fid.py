@@ -655,7 +655,7 @@ def open_source(path, scratch):
         return open_packed_folder(path) if (path / "set.json").exists() else open_tree(path)
     if path.exists():
         return open_npz(path, scratch)
-    raise UserError(f"{path}: no such file or folder")
+    raise UserError(f"{path}: no such file or folder; python sample.py --per-label N --out DIR makes such a set")
 
 
 BUILT_IN = {"letters": open_letters, "paintings": open_paintings}

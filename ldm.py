@@ -260,7 +260,7 @@ def read_file(path):
         with torch.serialization.safe_globals(stand_ins):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; python train.py --help says what makes one") from None
+        raise UserError(f"{path}: no such file; {what_makes(Path(path))}") from None
     except pickle.UnpicklingError as error:
         names = foreign_names(path)
         if names:
@@ -271,6 +271,14 @@ def read_file(path):
     if not isinstance(content, dict):
         raise UserError(f"{path}: a PyTorch file, but not a checkpoint of this project")
     return content
+
+
+def what_makes(path):
+    """The command that makes a missing run folder, or a missing file of one."""
+    for stage in ("letters", "vqgan", "ldm", "classifier"):
+        if Path("runs", stage) in (path, path.parent):
+            return f"python train.py --stage {stage} makes it"
+    return "python train.py --help says what makes one" if path.suffix else f"train.py makes it, with --out {path}"
 
 
 def load_weights(module, state, path):

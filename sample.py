@@ -8,6 +8,7 @@
     torchrun --nproc-per-node 2 -- sample.py --per-label 64 ...        the same by two processes
     python sample.py --run runs/ldm --scales 1 2 5 15                  grids at several guidance scales, and a table
     python sample.py --run runs/ldm --label blue --size 512            larger than it was trained: a larger latent
+    python sample.py --reconstruct paintings                           what a first stage keeps of them (or of image files)
 
 To a sampler a model is a function `eps(x, t)`. Guidance and clipping wrap that function; a sampler knows neither network
 nor label. Samplers are generators: after every step they yield (t, x_t, predicted x_0), and the last x is the sample.
@@ -16,6 +17,8 @@ To other programs this file is two functions:  generate(load("runs/letters"), ["
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -39,6 +42,8 @@ from data import (
     load_image,
     mean_colour,
     npy_header,
+    open_paintings,
+    picture_name,
     run_program,
     side_by_side,
     to_tensor,
@@ -588,20 +593,26 @@ def gradient_energy(x):
 
 
 @torch.no_grad()
-def reconstruct(model, files, size, batch=8):
-    """decode(encode(x)) of image files, cropped and resized to size x size.
+def reconstruct(model, originals, batch=8):
+    """decode(encode(x)) of images, (N, H, W, 3) uint8.
 
-    Returns originals and reconstructions, (N, size, size, 3) uint8 each, and their PSNR in decibel and L1 in [0, 1], (N,) each,
-    of the 8-bit pictures.
+    Returns the reconstructions, shaped alike, and their PSNR in decibel and L1 in [0, 1], (N,) each, of the 8-bit pictures.
     """
-    originals = np.stack([load_image(file, size) for file in files])
     device = next(model.parameters()).device
     chunks = []
-    for i in tqdm(range(0, len(files), batch), desc="reconstructing", unit="batch", disable=None):
+    for i in tqdm(range(0, len(originals), batch), desc="reconstructing", unit="batch", disable=None):
         chunks.append(to_uint8(model.decode(model.encode(to_tensor(originals[i : i + batch]).to(device)))))
     rebuilt = np.concatenate(chunks)
     x, x_r = to_tensor(originals), to_tensor(rebuilt)
-    return originals, rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
+    return rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
+
+
+def validation_paintings(size):
+    """Names and images of one embedded painting of every colour that no model is trained on."""
+    paintings = open_paintings(size=size)
+    _, rows = paintings.split()
+    _, first = np.unique(paintings.labels[rows], return_index=True)
+    return paintings.classes, paintings.images[rows[first]]
 
 
 @torch.no_grad()
@@ -696,6 +707,7 @@ def main():
     check(args)
     device = args.device or best_device()
     device = check_device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
+    tune(device)
     if args.reconstruct:
         write_reconstructions(args, device)
     elif args.prior:
@@ -716,8 +728,8 @@ def check(args):
     if args.scales and args.n == 1:
         raise UserError("--scales: the variety of a row needs --n 2 or more")
     folder = args.per_label or args.reconstruct and not Path(args.out or ".").suffix
-    if args.out and not folder and Path(args.out).suffix.lower() not in Image.registered_extensions():
-        raise UserError(f"--out {args.out}: not the name of a picture; end it with .png")
+    if args.out and not folder:
+        picture_name(args.out)
     if args.out and args.gif and Path(args.out).suffix.lower() != ".gif":
         raise UserError(f"--out {args.out}: a film; end it with .gif")
     if args.classifier and args.guidance != "classifier":
@@ -802,21 +814,28 @@ def open_first_stage(run, args, device):
 
 
 def write_reconstructions(args, device):
-    """--reconstruct: one picture, originals over reconstructions, or one file an image where --out is a folder."""
+    """--reconstruct: one picture, originals over reconstructions, or one file an image where --out is a folder.
+
+    Where the word `paintings` stands instead of files, pictures of the embedded painter.
+    """
     run = args.run or "runs/vqgan"
     model, size = open_first_stage(run, args, device)
     out = Path(args.out or "reconstructions.png")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not an empty folder; name another with --out")
-    originals, rebuilt, decibel, l1 = reconstruct(model, args.reconstruct, size, min(args.batch or 8, 8))
-    width = max(len(Path(file).name) for file in args.reconstruct)
-    for file, p, e in zip(args.reconstruct, decibel, l1):
+    if args.reconstruct == ["paintings"]:
+        files, originals = validation_paintings(size)
+    else:
+        files, originals = args.reconstruct, np.stack([load_image(file, size) for file in args.reconstruct])
+    rebuilt, decibel, l1 = reconstruct(model, originals, min(args.batch or 8, 8))
+    width = max(len(Path(file).name) for file in files)
+    for file, p, e in zip(files, decibel, l1):
         print(f"{Path(file).name:{width}}  PSNR {p:5.2f} dB  L1 {e:.4f}")
     print(f"{'mean':{width}}  PSNR {np.mean(decibel):5.2f} dB  L1 {np.mean(l1):.4f}")
     if not out.suffix:
         with whole_file(out) as temporary:
             temporary.mkdir()
-            names = unique_names(args.reconstruct)
+            names = unique_names(files)
             for name, image in zip(names, rebuilt):
                 Image.fromarray(image).save(temporary / name)
             if out.exists():
@@ -914,6 +933,25 @@ def best_device():
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def tune(device):
+    """Before the first network on a CPU: two defaults that cost the large model half its speed. Elsewhere it does nothing.
+
+    Matrix products go through oneDNN, as convolutions do: MKL, torch's default, has half the speed on AMD's processors. The
+    switch for it permits bfloat16, of which only processors with AMX make use; there it is put back, float32 stays float32.
+    glibc gives large blocks back to the system and gets them again, page by page, at every layer: here it keeps them.
+    """
+    if torch.device(device).type != "cpu":
+        return
+    matmul, x = torch.backends.mkldnn.matmul, torch.linspace(-1, 2, 256 * 256, dtype=torch.float64).view(256, 256)
+    matmul.fp32_precision = "bf16"
+    if not torch.allclose((x.float() @ x.float()).double(), x @ x, rtol=1e-5, atol=1e-3):
+        matmul.fp32_precision = "ieee"
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def check_device(device):

@@ -52,6 +52,7 @@ from data import (
     locked,
     open_letters,
     open_paintings,
+    picture_name,
     rng,
     rows_of_update,
     run_program,
@@ -74,6 +75,7 @@ from ldm import (
     read_checkpoint,
     save_model,
     space_of,
+    what_makes,
     write_checkpoint,
 )
 from sample import (
@@ -86,6 +88,7 @@ from sample import (
     images_by_label,
     load,
     psnr,
+    tune,
 )
 from unet import ResBlock, SpatialTransformer
 from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
@@ -518,6 +521,9 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--chart", metavar="FILE", default=argparse.SUPPRESS, help="draw the losses of the run in --out (5.2), do nothing else"
+    )
     if stage == "ldm":
         how = {"metavar": "GB", "default": argparse.SUPPRESS, "help": "train nothing: what fits on GPUs of so many gigabytes"}
         parser.add_argument("--plan", type=float, **how)
@@ -541,6 +547,7 @@ def complete(settings):
     if settings.device == "auto":
         settings.device = best_device()
     check_device(settings.device)
+    tune(settings.device)
     gpu = settings.device != "cpu"
     if settings.model == "auto":
         settings.model = "thesis" if gpu else "small"
@@ -1187,9 +1194,7 @@ class Log:
             writer.writerows(kept)
 
     def rows(self):
-        text = self.path.read_text() if self.path.exists() else ""
-        whole_lines = text[: text.rfind("\n") + 1]  # a power cut may leave half a line
-        return list(csv.DictReader(whole_lines.splitlines()))
+        return log_rows(self.path) if self.path.exists() else []
 
     def write(self, row):
         if rank():
@@ -1197,6 +1202,12 @@ class Log:
         row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns, restval="").writerow(row)
+
+
+def log_rows(path):
+    text = path.read_text()
+    whole_lines = text[: text.rfind("\n") + 1]  # a power cut may leave half a line
+    return list(csv.DictReader(whole_lines.splitlines()))
 
 
 class Means:
@@ -1216,9 +1227,8 @@ class Means:
         return means
 
 
-def draw_losses(log, path, loss_name):
-    """5.2: the loss chart, training and validation; interruptions stay visible as gaps."""
-    rows = log.rows()
+def draw_losses(rows, path, loss_name):
+    """5.2: the loss chart of a log's rows, training and validation; interruptions stay visible as gaps."""
     pieces = [[row for row in rows if row["run"] == run] for run in sorted({row["run"] for row in rows}, key=int)]
     names = {"train_loss": "training", "validation_loss": "validation", "validation_loss_ema": "validation, averaged weights"}
     lines = {
@@ -1712,7 +1722,7 @@ def train(stage_name, typed, resume):
             save_checkpoint(out, progress, run_tensors(players, ema, stage))
         if save and rank() == 0:
             save_model(out / "model.pt", stage_name, asdict(settings), stage.classes, done, weights)
-            draw_losses(log, out / "loss.png", stage.loss_name)
+            draw_losses(log.rows(), out / "loss.png", stage.loss_name)
         if stopping:
             bar.close()
             print(f"stopped after update {done} and saved; to go on: {resume_command(stage_name, out)}")
@@ -1766,11 +1776,23 @@ def main():
     if "plan" in typed:
         plan(typed)
         return
+    if "chart" in typed:
+        draw_chart(stage, typed)
+        return
     program = partial(train, stage, typed, resume)
     if "RANK" in os.environ:
         in_company(program)
     else:
         program()
+
+
+def draw_chart(stage, typed):
+    """--chart: the losses of a run (5.2), from its log."""
+    log = Path(typed.get("out", STAGES[stage].Settings.out)) / "log.csv"
+    if not log.exists():
+        raise UserError(f"{log}: no such file; {what_makes(log)}")
+    draw_losses(log_rows(log), picture_name(typed["chart"]), STAGES[stage].loss_name)
+    print(f"{typed['chart']}: the losses of {log}")
 
 
 def in_company(program):

@@ -9,13 +9,18 @@ One class, `UNet`, serves the 32x32 letters model and the 400M latent model. Thr
 
 Attribute names (`input_blocks.1.0.in_layers.2.weight`, ...) are those of the published latent diffusion checkpoints, so
 such a state dict loads with `strict=True` and no table of names.
+
+    python unet.py --out figures/figure_4_5.png     the table of time embeddings as a picture
 """
 
+import argparse
 import math
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -412,3 +417,46 @@ def latent_unet(channels, multipliers, blocks, z_channels, context_channels, att
     394,984,196 parameters (E55), with the names and shapes of the published class-conditional model."""
     attention = partial(SpatialTransformer, context_channels=context_channels, groups=groups)
     return UNet(z_channels, z_channels, channels, multipliers, blocks, attention, attention_levels, groups=groups)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Figure 4.5
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def draw_time_embedding(steps, dim, scale=8):
+    """Figure 4.5: `timestep_embedding` of t = 0 .. steps - 1 as a picture, a column a time step, a row an entry.
+
+    Orange is 1, white 0, blue -1. Fast waves are on top of each half; a step changes them most, the slow ones hardly.
+    """
+    pe = timestep_embedding(torch.arange(steps), dim).T[..., None]  # (dim, steps, 1)
+    ends = torch.where(pe > 0, torch.tensor([214.0, 93.0, 14.0]), torch.tensor([31.0, 98.0, 180.0]))
+    table = Image.fromarray((255 + pe.abs() * (ends - 255)).round().to(torch.uint8).numpy())
+    width, height, left, top, text = steps * scale, dim * scale, 64, 34, ImageFont.load_default(15)
+    picture = Image.new("RGB", (left + width + 20, top + height + 44), "white")
+    picture.paste(table.resize((width, height), Image.Resampling.NEAREST), (left, top))
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 17), f"Time embedding, {dim} entries: orange 1, white 0, blue -1", "black", text, anchor="lm")
+    for name, half in (("cos", 0.25), ("sin", 0.75)):
+        draw.text((left - 10, top + half * height), name, "black", text, anchor="rm")
+    draw.line((left, top + height // 2, left + width, top + height // 2), "black", 2)
+    for t in range(0, steps, max(1, steps // 8)):
+        draw.text((left + (t + 0.5) * scale, top + height + 14), str(t), "black", text, anchor="mm")
+    draw.text((left + width, top + height + 32), "time step t", "black", text, anchor="rm")
+    return picture
+
+
+def main():
+    p = argparse.ArgumentParser(description="Figure 4.5: the table of time embeddings as a picture.")
+    p.add_argument("--out", default="figures/figure_4_5.png", help="default figures/figure_4_5.png")
+    out = Path(p.parse_args().out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        draw_time_embedding(128, 64).save(out)  # Pillow removes a file that it could not finish
+    except (OSError, ValueError) as error:
+        p.error(f"--out {out}: {error}")
+    print(f"{out}: a column a time step, a row an entry of the embedding")
+
+
+if __name__ == "__main__":
+    main()

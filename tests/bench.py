@@ -1,19 +1,22 @@
 """Performance, measured as ratios within one run:  python tests/bench.py
 
-training     images/s of the letters model, in float32 and bf16
-sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it; letters and
-             latents
+training     images/s of the letters model, in float32 and bf16, and the share of the machine's peak, measured beside it
+sampling     images/s with PLMS-50 and guidance against the bare network, and the share of the time outside it
 solvers      error against evaluations on a Gaussian mixture, letters recognised against steps -> assets/solvers.png
 guidance     letters recognised and their variety against the scale, both guidances -> assets/guidance.png
+unet         the thesis's 400M U-Net at batch 2: forward, forward + backward, peak memory, in every mode; AdamW on its weights
 latent       the thesis's 400M model: one update at batch 1, one 256 x 256 picture; seconds and peak memory
 packing      opening a packed set of 400,000 images
-first-stage  nearest of 16384 codes against the plain distance matrix; encode + decode at the published size; peak memory
+first-stage  nearest of 16384 codes against the plain distance matrix; encode and decode at the published size; peak memory
 paintings    packing 512 px JPEGs at 256 against a loop of plain Pillow, sRGB -> LAB, the painter; one process each
 evaluation   the Frechet distance against scipy's matrix root, images/s of features and of the loader, memory
 
 python tests/bench.py paintings    runs one of them; without a name all but solvers and guidance, which draw pictures
+python tests/bench.py unet first-stage sampling --against diffusers    the same work with that library, if it is installed
 """
 
+import argparse
+import importlib.util
 import multiprocessing
 import sys
 import tempfile
@@ -24,6 +27,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -31,6 +35,7 @@ from data import (
     ALPHABET,
     ASSETS,
     COLOURS,
+    UserError,
     bars,
     chart,
     crop_and_resize,
@@ -40,6 +45,7 @@ from data import (
     pack_paintings,
     paint,
     rgb_to_lab,
+    run_program,
     side_by_side,
     to_tensor,
 )
@@ -56,20 +62,20 @@ from fid import (
     paintings_features,
 )
 from ldm import PixelDiffusion, build_latent
-from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, variety
+from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, tune, variety
 from train import EMA, SIZES, FirstStage, Latent, Letters, checkpoint_activations
-from unet import letters_unet
+from unet import latent_unet, letters_unet
 from vqgan import VQGAN, nearest_code
 
 
-def seconds(call, times=5):
-    """The fastest of several calls, after one that does not count."""
+def seconds(call, times=5, clock=time.perf_counter):
+    """The fastest of several calls, after one that does not count; by `time.process_time` the sum over the cores."""
     call()
     best = float("inf")
     for _ in range(times):
-        start = time.perf_counter()
+        start = clock()
         call()
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
     return best
 
 
@@ -94,11 +100,30 @@ def bench_training(batch=64):
         optimizer.zero_grad()
 
     count = sum(p.numel() for p in model.parameters()) / 1e6
-    single, bf16 = (batch / seconds(lambda: update(b)) for b in (False, True))  # noqa: B023
-    print(f"training, {count:.1f}M parameters, batch {batch}: {single:.0f} images/s float32, {bf16:.0f} bf16")
+    with FlopCounterMode(display=False) as counter:
+        update(False)
+    flops = counter.get_total_flops()
+    for bf16 in (False, True):
+        taken, name = seconds(lambda: update(bf16)), "bf16" if bf16 else "float32"  # noqa: B023
+        product, convolution = peaks(bf16)
+        rate, shares = flops / taken / 1e9, []
+        for peak, what in ((convolution, "convolutions"), (product, "matrix products")):
+            shares.append(f"{1e11 * rate / peak:.0f} % of the peak of {what} ({peak / 1e9:.0f})")
+        print(f"training, {count:.1f}M parameters, batch {batch}, {name}: {batch / taken:.0f} images/s")
+        print(f"    {rate:.0f} Gflop/s, {' and '.join(shares)}")
 
 
-def bench_sampling(batch=64, steps=50, rounds=2):
+def peaks(bf16):
+    """Floating-point operations a second of a large matrix product and of a large 3 x 3 convolution."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    n, x, conv = 2048, torch.randn(8, 256, 32, 32), torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype)
+    a, x = torch.randn(n, n).to(dtype), x.to(dtype).contiguous(memory_format=torch.channels_last)
+    conv = conv.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return 2 * n**3 / seconds(lambda: a @ a), 2 * x.numel() * 256 * 9 / seconds(lambda: conv(x))
+
+
+def bench_sampling(batch=64, steps=50, rounds=2, against=None):
     """PLMS with guidance, and as many evaluations of the bare network at the same batch and precision, step by step in turns.
 
     The letters model and the small latent model, random weights.
@@ -109,6 +134,13 @@ def bench_sampling(batch=64, steps=50, rounds=2):
             what = f"sampling {name}, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
             rate = f"{batch / sampling:.1f} images/s; {bare / sampling:.3f} of the images/s of {steps + 1} bare evaluations"
             print(f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network", flush=True)
+    x, alpha_bar = torch.randn(16, 4, 32, 32), model.diffusion.alpha_bar
+    ours = seconds(lambda: list(plms(lambda x, t: 0.1 * x, x, timesteps(1000, steps), alpha_bar)))
+    print(f"sampler alone, PLMS-{steps}, 16 latents of 4 x 32 x 32, a network that takes no time: {1000 * ours:.1f} ms", end="")
+    if against:
+        theirs = seconds(lambda: pndm(x, steps))
+        print(f"; diffusers' PNDM {1000 * theirs:.1f} ms, {theirs / ours:.1f} times as long", end="")
+    print()
 
 
 @torch.no_grad()
@@ -145,6 +177,16 @@ def sampling_times(model, batch, steps, rounds, bf16):
             times[:, i, j] = middle - start, time.perf_counter() - middle, inside
     model.unet.forward = network
     return times.min(1).sum(1)
+
+
+def pndm(x, steps):
+    from diffusers import PNDMScheduler
+
+    scheduler = PNDMScheduler(skip_prk_steps=True)
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(0.1 * x, t, x).prev_sample
+    return x
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -292,7 +334,7 @@ def bench_opening(count=400_000):
     )
 
 
-def bench_first_stage():
+def bench_first_stage(against=None):
     g = torch.Generator().manual_seed(0)
     codes, z = torch.randn((16384, 4), generator=g), torch.randn((8192, 4), generator=g)
 
@@ -307,6 +349,34 @@ def bench_first_stage():
         mib, taken = in_new_process(first_stage_memory, what)
         name = "search" if what == "codes" else f"encode + decode of {what} x {what}, published size, float32"
         print(f"    {name}: peak memory + {mib:.0f} MiB, {taken:.2f} s")
+    print(f"{'first stage of the published size, 256 x 256, CPU time':52} encode, s  decode, s")
+    for name in ("ours", "diffusers")[: 2 if against else 1]:
+        for bf16 in (False, True):
+            encode, decode = in_new_process(first_stage_times, name, bf16)
+            print(f"{'    ' + name + (', bf16' if bf16 else ', float32'):52} {encode:9.2f}  {decode:9.2f}")
+
+
+@torch.no_grad()
+def first_stage_times(name, bf16):
+    """CPU seconds of encoding and of decoding one image."""
+    x = torch.rand(1, 3, 256, 256) * 2 - 1
+    if name == "diffusers":
+        from diffusers import VQModel
+
+        down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
+        widths = {"block_out_channels": (128, 256, 256, 512), "layers_per_block": 2, "norm_num_groups": 32}
+        blocks = {"down_block_types": (down, down, down, "Attn" + down), "up_block_types": ("Attn" + up, up, up, up)}
+        latent = {"latent_channels": 4, "num_vq_embeddings": 16384, "vq_embed_dim": 4}
+        model = VQModel(sample_size=256, **widths, **blocks, **latent).eval()
+        encode, decode = (lambda: model.encode(x).latents), (lambda z: model.decode(z).sample)
+    else:
+        tune("cpu")
+        model = VQGAN().eval().to(memory_format=torch.channels_last)
+        encode, decode = (lambda: model.encode(x)), model.decode
+    assert sum(p.numel() for p in model.parameters()) == 67_717_295
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        z = encode().float()
+        return seconds(encode, 3, time.process_time), seconds(lambda: decode(z), 3, time.process_time)
 
 
 def first_stage_memory(what):
@@ -316,6 +386,7 @@ def first_stage_memory(what):
         codes, z = torch.randn(16384, 4), torch.randn(8192, 4)
         call = lambda: nearest_code(z, codes)  # noqa: E731
     else:
+        tune("cpu")
         model, x = VQGAN().eval(), torch.rand(1, 3, what, what) * 2 - 1
         call = torch.no_grad()(lambda: model.decode(model.encode(x)))
     nearest_code(torch.zeros(1, 4), torch.zeros(1, 4))
@@ -325,7 +396,7 @@ def first_stage_memory(what):
 
 
 def in_new_process(function, *arguments):
-    """For memory: the peak of a process never falls."""
+    """For memory, since the peak of a process never falls, and for settings that cannot be taken back."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -431,6 +502,76 @@ def bench_paintings(count=48):
     )
 
 
+# What a row of the table below is: ours without and with `tune`, with channels last as `ldm.py` has it, and so on
+MODES = {
+    "ours, torch's defaults, channels first, float32": (),
+    "ours, torch's defaults, float32": ("last",),
+    "ours, channels first, float32": ("tune",),
+    "ours, float32": ("tune", "last"),
+    "ours, float32, activations computed again": ("tune", "last", "again"),
+    "ours, bf16": ("tune", "last", "bf16"),
+    "ours, bf16, activations computed again": ("tune", "last", "bf16", "again"),
+    "ours, bf16, torch.compile": ("tune", "last", "bf16", "compile"),
+}
+THEIR_MODES = {
+    "diffusers, float32": ("diffusers",),
+    "diffusers, bf16": ("diffusers", "bf16"),
+    "diffusers, tuned as ours, float32": ("diffusers", "tune"),
+}
+
+
+def bench_unet(against=None):
+    print(f"{'U-Net of 394,984,196 parameters, batch 2, CPU time':52} forward, s  + backward, s  peak, MiB")
+    for name, mode in (MODES | (THEIR_MODES if against else {})).items():
+        mib, forward, both = in_new_process(unet_times, mode)
+        print(f"{'    ' + name:52} {forward:10.2f}  {both:13.2f}  {mib:9,.0f}", flush=True)
+    for name, how in (("fused, as in train.py", {"fused": True}), ("torch's default", {})):
+        print(f"    AdamW on as many parameters, {name}: {in_new_process(adamw_time, how):.2f} s of CPU time")
+
+
+def unet_times(mode):
+    """Peak memory, MiB, of forward and backward; CPU seconds of a forward alone and of both, float32 unless `mode` has bf16."""
+    if "tune" in mode:
+        tune("cpu")
+    torch.manual_seed(0)
+    x, t, context = torch.randn(2, 4, 32, 32), torch.tensor([500, 100]), torch.randn(2, 1, 512)
+    if "diffusers" in mode:
+        from diffusers import UNet2DConditionModel
+
+        widths = {"block_out_channels": (256, 512, 1024), "attention_head_dim": (8, 16, 32), "cross_attention_dim": 512}
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+        unet = UNet2DConditionModel(32, 4, 4, **widths, **blocks, layers_per_block=2)
+        call = lambda: unet(x, t, context).sample  # noqa: E731
+    else:
+        unet = latent_unet(256, (1, 2, 4), 2, 4, 512)
+        call = lambda: unet(x, t, context=context)  # noqa: E731
+    assert sum(p.numel() for p in unet.parameters()) == 394_984_196
+    if "last" in mode:
+        unet, x = unet.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    if "again" in mode:
+        checkpoint_activations(unet)
+    if "compile" in mode:
+        unet.compile()
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled="bf16" in mode):
+            return call()
+
+    def both():
+        unet.zero_grad()
+        forward().float().square().mean().backward()
+
+    taken = seconds(torch.no_grad()(forward), 3, time.process_time), seconds(both, 2, time.process_time)
+    return peak_memory(), *taken
+
+
+def adamw_time(how):
+    parameters = [torch.zeros(394_984_196 // 600, requires_grad=True) for _ in range(600)]
+    for p in parameters:
+        p.grad = torch.full_like(p, 1e-3)
+    return seconds(torch.optim.AdamW(parameters, 1e-4, **how).step, 3, time.process_time)
+
+
 def bench_latent():
     """The thesis's 400M model: one training update, and one picture from end to end, at random weights."""
     for name, bf16, again in (("float32", False, False), ("bf16", True, False), ("bf16, --checkpoint-activations", True, True)):
@@ -449,6 +590,7 @@ def latent_model(size):
 
 def latent_update(bf16, again):
     """Peak memory in MiB, and seconds of the second update: forward, backward, clipping, AdamW, averaging."""
+    tune("cpu")
     model = latent_model("thesis")
     if again:
         checkpoint_activations(model.unet)
@@ -468,6 +610,7 @@ def latent_update(bf16, again):
 
 
 def latent_picture(bf16):
+    tune("cpu")
     model = latent_model("thesis").eval()
     start = time.perf_counter()
     generate(model, [2], steps=50, scale=2.0, bf16=bf16, progress=False)
@@ -479,6 +622,7 @@ BENCHES = {
     "sampling": bench_sampling,
     "solvers": bench_solvers,
     "guidance": bench_guidance,
+    "unet": bench_unet,
     "latent": bench_latent,
     "packing": bench_opening,
     "first-stage": bench_first_stage,
@@ -486,7 +630,24 @@ BENCHES = {
     "evaluation": bench_evaluation,
 }
 
-if __name__ == "__main__":
+COMPARED = ("unet", "first-stage", "sampling")
+
+
+def main():
+    p = argparse.ArgumentParser(description="Performance, measured as ratios within one run.")
+    p.add_argument("names", nargs="*", metavar="NAME", help=f"default: all but solvers and guidance of {', '.join(BENCHES)}")
+    p.add_argument("--against", choices=("diffusers",), help=f"{', '.join(COMPARED)}: the same work with that library")
+    args = p.parse_args()
+    unknown = [name for name in args.names if name not in BENCHES]
+    if unknown:
+        raise UserError(f"{unknown[0]}: expected {', '.join(BENCHES)}")
+    if args.against and not importlib.util.find_spec(args.against):
+        raise UserError(f"{args.against} is not installed; pip install {args.against} into an environment of its own")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    for name in sys.argv[1:] or [name for name in BENCHES if name not in ("solvers", "guidance")]:
-        BENCHES[name]()
+    tune("cpu")
+    for name in args.names or [name for name in BENCHES if name not in ("solvers", "guidance")]:
+        BENCHES[name](**{"against": args.against} if name in COMPARED else {})
+
+
+if __name__ == "__main__":
+    run_program(main)

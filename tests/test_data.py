@@ -269,3 +269,24 @@ def test_chart_leaves_a_gap_where_a_run_was_interrupted():
     whole = columns_with_ink([([0, 100], [1.0, 1.0])])
     interrupted = columns_with_ink([([0, 40], [1.0, 1.0]), ([60, 100], [1.0, 1.0])])
     assert 0.15 < 1 - interrupted / whole < 0.25
+
+
+def test_fig_5_8_chosen_images_in_rows(tmp_path, run, refused):
+    colours = {"LDM": (250, 0, 0), "GAN": (0, 0, 250)}
+    for name, colour in colours.items():
+        (tmp_path / name / "deep").mkdir(parents=True)
+        for i in range(5):  # the red or blue channel says which, the green one which of them
+            Image.new("RGB", (40, 40), (colour[0], 10 * i, colour[2])).save(tmp_path / name / "deep" / f"{i}.png")
+    rows = [f"{name}={tmp_path / name}" for name in colours]
+    code, out, err = run("data", "rows", *rows, "--n", 3, "--size", 32, "--out", tmp_path / "figure_5_8.png")
+    assert code == 0, err
+    picture = np.asarray(Image.open(tmp_path / "figure_5_8.png"))
+    left = picture.shape[1] - 3 * 34 - 2
+    for row, colour in enumerate(colours.values()):
+        middles = picture[18 + 34 * row, left + 18 :: 34]
+        assert middles.tolist() == [[colour[0], 10 * i, colour[2]] for i in (0, 2, 4)]  # evenly of five
+    assert "no such folder" in refused("data", "rows", f"LDM={tmp_path / 'nowhere'}")
+    assert "NAME=DIR" in refused("data", "rows", tmp_path / "LDM")
+    (tmp_path / "empty").mkdir()
+    assert "no images" in refused("data", "rows", f"LDM={tmp_path / 'empty'}")
+    assert "not the name of a picture" in refused("data", "rows", *rows, "--out", tmp_path / "figure")

@@ -554,7 +554,7 @@ def test_relabel_counts_against_a_plain_loop(tmp_path, run):
     assert f"changes {100 * (rgb != lab).mean():.1f} % of 31 labels" in report
     code, out, _ = run("data", "relabel", "--data", tmp_path / "set.packed24", "--out", tmp_path / "figures")
     assert code == 0 and report in out and "100.0 % by RGB" in out
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"chart.png", "mismatches.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure_4_2.png", "figure_4_3.png"}
 
 
 def test_bars_are_as_high_as_their_shares():

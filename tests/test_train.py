@@ -167,8 +167,26 @@ def test_log_keeps_interruptions_apart(tmp_path):
     log.write({"run": 2, "update": 30, "train_loss": 0.5, "validation_loss": 0.25})
     rows = log.rows()
     assert [(r["run"], r["update"]) for r in rows] == [("1", "10"), ("1", "20"), ("2", "30")]
-    draw_losses(log, tmp_path / "loss.png", "mean squared error")
+    draw_losses(log.rows(), tmp_path / "loss.png", "mean squared error")
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 5
+
+
+def test_5_2_the_chart_of_a_log(run, refused, tmp_path, monkeypatch):
+    """--chart draws what the loop draws; of a half written last line nothing. Without a run it says which command makes it."""
+    log = Log(tmp_path / "log.csv", 1, 0)
+    for n in (10, 20, 30):
+        log.write({"run": 1, "update": n, "train_loss": 1.0 / n})
+    draw_losses(log.rows(), tmp_path / "loss.png", train.LatentStage.loss_name)
+    with log.path.open("a") as file:
+        file.write("1,40,0.1,9")
+    code, _, err = run("train", "--stage", "ldm", "--out", tmp_path, "--chart", tmp_path / "figures" / "losses.png")
+    assert code == 0, err
+    assert (tmp_path / "figures" / "losses.png").read_bytes() == (tmp_path / "loss.png").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert "python train.py --stage ldm makes it" in refused("train", "--stage", "ldm", "--chart", "losses.png")
+    assert "python train.py --stage ldm makes it" in refused("sample", "--run", "runs/ldm", "--grid")
+    assert "--out runs/other" in refused("sample", "--run", "runs/other", "--grid")
+    assert "not the name of a picture" in refused("train", "--stage", "ldm", "--out", tmp_path, "--chart", "losses")
 
 
 def test_means_are_over_the_updates_that_had_the_number():

@@ -19,6 +19,7 @@ from unet import (
     SpatialTransformer,
     TransformerBlock,
     UNet,
+    draw_time_embedding,
     latent_unet,
     letters_unet,
     linear_attention,
@@ -82,6 +83,18 @@ def kernel_attention(q, k, v):
     """The O(N^2) form of [17]: weights 1 + cos(q_i, k_j), normalised over j."""
     weights = 1 + F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)
     return weights @ v / weights.sum(-1, keepdim=True)
+
+
+def test_fig_4_5_shows_the_table():
+    """Every cell has its entry's colour: orange 1, white 0, blue -1; t = 0 is all cos 0 = 1 above all sin 0 = 0."""
+    steps, dim, scale = 12, 8, 4
+    picture = np.asarray(draw_time_embedding(steps, dim, scale)).astype(float)
+    cells = picture[34 + scale // 2 :: scale, 64 + scale // 2 :: scale][:dim, :steps]
+    cells[dim // 2] = picture[34 + scale * dim // 2 + scale - 1, 64 + scale // 2 :: scale][:steps]  # below the line between
+    pe = timestep_embedding(torch.arange(steps), dim).T.numpy()
+    strength = (255 - cells[..., 2]) / np.where(pe > 0, 255 - 14, 255 - 180)  # of the blue channel, 255 on white
+    assert np.abs(strength - np.abs(pe)).max() < 0.01
+    assert (cells[: dim // 2, 0] == (214, 93, 14)).all() and (cells[dim // 2 :, 0] == 255).all()
 
 
 def test_linear_attention_equals_the_quadratic_form():

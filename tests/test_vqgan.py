@@ -14,8 +14,9 @@ from conftest import equal_tensors, fill_, lightning_file, newest_checkpoint, st
 from PIL import Image
 
 import ldm
+import sample
 import train
-from data import UserError, to_tensor
+from data import COLOURS, UserError, load_image, paint_set, to_tensor
 from ldm import load_model, load_perceptual, perceptual_from, save_model
 from sample import gradient_energy, psnr, reconstruct
 from train import AutoencoderStage, FirstStage, complete
@@ -709,7 +710,8 @@ def test_reconstruct_files(run, refused, first_stage, folder, tmp_path):
     code, out, err = run("sample", "--reconstruct", *files, "--run", first_stage, "--out", tmp_path / "pair.png")
     assert code == 0, err
     model = load_model(first_stage)
-    originals, rebuilt, decibel, l1 = reconstruct(model, files, 16)
+    originals = np.stack([load_image(file, 16) for file in files])
+    rebuilt, decibel, l1 = reconstruct(model, originals)
     mse = ((originals.astype(float) - rebuilt) ** 2).mean((1, 2, 3))
     assert decibel == pytest.approx(10 * np.log10(255**2 / mse), rel=1e-4)
     assert l1 == pytest.approx(np.abs(originals.astype(float) - rebuilt).mean((1, 2, 3)) / 255, rel=1e-4)
@@ -725,6 +727,20 @@ def test_reconstruct_files(run, refused, first_stage, folder, tmp_path):
     assert "draws nothing by itself" in refused("sample", "--run", first_stage)
     (tmp_path / "broken.png").write_bytes(b"no picture")
     assert "not an image" in refused("sample", "--reconstruct", tmp_path / "broken.png", "--run", first_stage)
+
+
+def test_fig_4_9_reconstructs_a_painting_of_every_colour(run, first_stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "open_paintings", lambda size: paint_set(tmp_path / "set", size, count=40, processes=1))
+    code, out, err = run("sample", "--reconstruct", "paintings", "--run", first_stage, "--out", tmp_path / "figure_4_9.png")
+    assert code == 0, err
+    assert [line.split()[0] for line in out.splitlines()[:8]] == list(COLOURS)
+    _, originals = sample.validation_paintings(16)
+    train_rows, rows = paint_set(tmp_path / "set", 16, count=40, processes=1).split()
+    assert len(rows) == 8 and len(originals) == 8  # one of every colour is all there is to validate with
+    picture = np.asarray(Image.open(tmp_path / "figure_4_9.png"))
+    first = Image.fromarray(originals[0]).resize((128, 128), Image.Resampling.NEAREST)
+    left = picture.shape[1] - 8 * 130  # the margin with the names of the rows
+    assert np.array_equal(picture[2:130, left : left + 128], np.asarray(first))
 
 
 def test_a_letters_model_reconstructs_nothing(refused, tiny_model, folder):
