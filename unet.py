@@ -15,6 +15,7 @@ such a state dict loads with `strict=True` and no table of names.
 
 import argparse
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -446,15 +447,20 @@ def draw_time_embedding(steps, dim, scale=8):
     return picture
 
 
-def main():
+def parse():
     p = argparse.ArgumentParser(description="Figure 4.5: the table of time embeddings as a picture.")
     p.add_argument("--out", default="figures/figure_4_5.png", help="default figures/figure_4_5.png")
-    out = Path(p.parse_args().out)
+    return p.parse_args()
+
+
+def main():
+    out = Path(parse().out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         draw_time_embedding(128, 64).save(out)  # Pillow removes a file that it could not finish
     except (OSError, ValueError) as error:
-        p.error(f"--out {out}: {error}")
+        print(f"error: --out {out}: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"{out}: a column a time step, a row an entry of the embedding")
 
 

@@ -12,6 +12,7 @@ import data
 import fid
 import sample
 import train
+import unet
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -128,6 +129,6 @@ def test_every_command_is_one_that_its_program_understands(program, line, monkey
     arguments = shlex.split(line, comments=True)
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     try:
-        {"data": data.parse, "fid": fid.parse, "sample": sample.parse, "train": train.parse}[program]()
+        {"data": data.parse, "fid": fid.parse, "sample": sample.parse, "train": train.parse, "unet": unet.parse}[program]()
     except SystemExit as end:
         assert not end.code, capsys.readouterr().err

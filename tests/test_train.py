@@ -21,7 +21,7 @@ from sample import generate
 from train import EMA, Letters, LettersStage, Log, Means, complete, draw_losses, learning_rate
 
 TINY = ("--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", 16, "--channels", 16)
-SMALL = (*TINY, "--multipliers", 1, 1, "--T", 20, "--overfit", 64)
+SMALL = (*TINY, "--multipliers", 1, 1, "--T", 5, "--overfit", 64)
 SHORT = (*SMALL, "--updates", 12, "--save-every", 4, "--validate-every", 4, "--preview-every", 100)
 
 
@@ -211,7 +211,23 @@ def undisturbed(tmp_path_factory):
 def test_a_tiny_run_learns_and_samples(run, tmp_path):
     out = tmp_path / "run"
     code, text, err = run(
-        "train", *TINY, "--multipliers", 1, 2, "--overfit", 16, "--updates", 80, "--lr", 3e-3, "--warmup", 10, "--out", out
+        "train",
+        *TINY,
+        "--multipliers",
+        1,
+        2,
+        "--T",
+        15,
+        "--overfit",
+        16,
+        "--updates",
+        80,
+        "--lr",
+        3e-3,
+        "--warmup",
+        10,
+        "--out",
+        out,
     )
     assert code == 0, err
     rows = list(train.csv.DictReader((out / "log.csv").open()))
