@@ -1141,9 +1141,10 @@ class EMA:
         self.names, self.parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
         self.average = [p.detach().clone() for p in self.parameters]
 
+    @torch.no_grad()
     def update(self, n):
         decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+        torch._foreach_lerp_(shares(self.average), shares(self.parameters), 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -1156,8 +1157,8 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self):
-        for p, average in zip(self.parameters, self.average):  # in place: sharded weights have other eyes on them
-            raw = p.detach().clone()
+        for p, average in zip(shares(self.parameters), shares(self.average)):  # in place: FSDP knows them by their memory
+            raw = p.clone()
             p.copy_(average)
             average.copy_(raw)
 
@@ -1353,6 +1354,11 @@ def shard(model, settings):
 def unsynchronised(loss, last):
     """DDP: only the last of the batches of an update averages gradients. FSDP always does: whole gradients would not fit."""
     return loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def shares(tensors):
+    """Of sharded tensors what this process has of them."""
+    return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
 def whole_tensor(value):

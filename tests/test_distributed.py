@@ -6,6 +6,7 @@ All two-process runs are made by one torchrun, of this file, in which every proc
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from ldm import build_first_stage, build_latent, load_model, save_model
 
 FIRST = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (), "z_channels": 4, "groups": 2, "codes": 16}
 FIRST |= {"bottleneck": "vq", "beta": 0.25, "released": False, "kl_weight": 1e-6, "size": 16, "quantise_from": 0}
-COMMON = ("--device", "cpu", "--precision", "float32", "--updates", 20, "--validate-every", 2, "--save-every", 50)
+COMMON = ("--device", "cpu", "--precision", "float32", "--updates", 20, "--validate-every", 4, "--save-every", 50)
 COMMON += ("--preview-every", 50, "--seed", 3)
 LDM = ("--stage", "ldm", *COMMON, "--multipliers", 1, 1, "--context-channels", 16, "--T", 2, "--model", "small", "--warmup", 5)
 LETTERS = ("--stage", "letters", *COMMON, "--channels", 16, "--multipliers", 1, 1, "--overfit", 27, "--T", 2)
@@ -34,9 +35,8 @@ VQGAN += ("--quantise-from", 3, "--disc-start", 5, "--disc-channels", 8)
 PLAN = {
     "ddp": (LDM, ("--strategy", "ddp", "--batch", 2)),
     "fsdp": (LDM, ("--strategy", "fsdp", "--batch", 2)),
-    "offload": (LDM, ("--strategy", "fsdp", "--batch", 2, "--cpu-offload")),
     "ddp-parts": (LDM, ("--strategy", "ddp", "--batch", 1, "--accumulate", 2)),
-    "fsdp-parts": (LDM, ("--strategy", "fsdp", "--batch", 1, "--accumulate", 2, "--checkpoint-activations")),
+    "fsdp-parts": (LDM, ("--strategy", "fsdp", "--batch", 1, "--accumulate", 2, "--cpu-offload", "--checkpoint-activations")),
     "letters-ddp": (LETTERS, ("--batch", 2)),
     "vqgan-ddp": (VQGAN, ("--batch", 2)),
 }
@@ -89,7 +89,9 @@ def in_two_processes(data, out):
         with_plain_sgd(f"{strategy}-sgd", (*LDM, "--strategy", strategy, "--batch", 2), data, out)
     run_until("two-to-one", (*LDM, "--strategy", "fsdp", "--batch", 2), data, out, stop=10)
     run_until("one-to-two", going_on("fsdp"), data, out, resume=True)
-    run_until("fsdp-to-ddp", (*LDM, "--strategy", "fsdp", "--batch", 2), data, out, stop=10)
+    if train.rank() == 0:
+        shutil.copytree(out / "two-to-one", out / "fsdp-to-ddp")
+    train.across(0.0)
     run_until("fsdp-to-ddp", going_on("ddp"), data, out, resume=True)
     settings = train.Latent(**newest_checkpoint_settings(out / "fsdp"))
     (out / f"shares-{train.rank()}.json").write_text(json.dumps(shares_of(settings, out / "fsdp")))
@@ -178,7 +180,7 @@ def runs(data, tmp_path_factory):
 
 def curve(run, *columns):
     rows = list(csv.DictReader((run / "log.csv").open()))
-    assert [int(row["update"]) for row in rows] == list(range(2, 22, 2))
+    assert [int(row["update"]) for row in rows] == [4, 8, 10, 12, 16, 20]
     return np.array([[float(row[column] or "nan") for column in columns] for row in rows])
 
 
@@ -191,7 +193,7 @@ def test_e57_ddp_averages_gradients_before_the_step(runs, name):
     np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fsdp", "offload", "fsdp-parts"])
+@pytest.mark.parametrize("name", ["fsdp", "fsdp-parts"])
 def test_e59_fsdp_gathers_weights_and_scatters_gradients(runs, name):
     np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5)
 
@@ -199,7 +201,7 @@ def test_e59_fsdp_gathers_weights_and_scatters_gradients(runs, name):
 def test_the_other_stages_in_two_processes(runs):
     np.testing.assert_allclose(curve(runs / "letters-ddp", *CURVES), curve(runs / "letters", *CURVES), rtol=1e-5)
     one, two = (curve(runs / name, "train_loss", "validation_loss") for name in ("vqgan", "vqgan-ddp"))
-    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-5)
+    np.testing.assert_allclose(two[:1], one[:1], rtol=1e-5)
     np.testing.assert_allclose(two, one, rtol=0.1)  # the adversary has joined: its norms are of a process's own images
 
 
@@ -214,9 +216,7 @@ def test_weights_with_plain_sgd_equal_those_of_one_process(runs, name):
 @pytest.mark.parametrize("name", ["two-to-one", "one-to-two", "fsdp-to-ddp"])
 def test_a_run_goes_on_with_other_processes_and_another_strategy(runs, name):
     assert {row["run"] for row in csv.DictReader((runs / name / "log.csv").open())} == {"1", "2"}
-    found, expected = curve(runs / name, *CURVES), curve(runs / "single", *CURVES)
-    expected[4, 2:] = np.nan  # an interrupted run does not stay to validate
-    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=2e-5)
 
 
 def test_e59_every_process_keeps_half_of_everything(runs):
