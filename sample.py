@@ -935,12 +935,13 @@ def best_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def tune(device):
+def tune(device, keep_memory=True):
     """Before the first network on a CPU: two defaults that cost the large model half its speed. Elsewhere it does nothing.
 
     Matrix products go through oneDNN, as convolutions do: MKL, torch's default, has half the speed on AMD's processors. The
     switch for it permits bfloat16, of which only processors with AMX make use; there it is put back, float32 stays float32.
-    glibc gives large blocks back to the system and gets them again, page by page, at every layer: here it keeps them.
+    glibc gives large blocks back to the system and gets them again, page by page, at every layer; with `keep_memory` it keeps
+    them. (Not under FSDP, which gathers blocks of many sizes for a moment: what is kept would be a third more memory.)
     """
     if torch.device(device).type != "cpu":
         return
@@ -948,6 +949,8 @@ def tune(device):
     matmul.fp32_precision = "bf16"
     if not torch.allclose((x.float() @ x.float()).double(), x @ x, rtol=1e-5, atol=1e-3):
         matmul.fp32_precision = "ieee"
+    if not keep_memory:
+        return
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping

@@ -547,7 +547,6 @@ def complete(settings):
     if settings.device == "auto":
         settings.device = best_device()
     check_device(settings.device)
-    tune(settings.device)
     gpu = settings.device != "cpu"
     if settings.model == "auto":
         settings.model = "thesis" if gpu else "small"
@@ -561,6 +560,7 @@ def complete(settings):
     settings.processes = world()
     if settings.strategy == "auto":
         settings.strategy = "single" if not dist.is_initialized() else "fsdp" if isinstance(settings, Latent) else "ddp"
+    tune(settings.device, keep_memory=settings.strategy != "fsdp")
     if settings.precision == "auto":
         faster = across(float(faster_in_bf16(settings.device)), dist.ReduceOp.MAX)
         settings.precision = "bf16" if faster else "float32"
