@@ -547,6 +547,8 @@ def complete(settings):
     if settings.device == "auto":
         settings.device = best_device()
     check_device(settings.device)
+    if dist.is_initialized() and settings.device not in ("cpu", "cuda"):
+        raise UserError(f"--device {settings.device}: several processes need cuda, one GPU each, or cpu")
     gpu = settings.device != "cpu"
     if settings.model == "auto":
         settings.model = "thesis" if gpu else "small"
@@ -614,7 +616,7 @@ class Player:
     """Someone who trains.
 
     loss: function (n, part) -> the mean loss of those images of update n that the slice `part` leaves over; start: the first
-    update; idle: the update until which some parameters get no gradient. `train` adds the parameters and their optimiser.
+    update; idle: until which update some parameters get no gradient. `train` adds the parameters and their optimiser.
     """
 
     name: str
@@ -1279,10 +1281,10 @@ class Interruption:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def join():
+def join(device="auto"):
     """Find the other processes that torchrun started; without torchrun this one is alone."""
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    gpus, local_rank = 0 if device == "cpu" else torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if gpus and local_rank >= gpus:
         raise UserError(f"process {local_rank} of this machine has no GPU of its own: there are {gpus}; see --nproc-per-node")
     if gpus:
@@ -1313,8 +1315,8 @@ def mean_across(value):
     return across(value) / world()
 
 
-def parallel(players, settings, start):
-    """Spread the players' networks over the processes as the settings ask, from update `start` on."""
+def parallel(players, settings):
+    """Spread the players' networks over the processes as the settings ask."""
     if settings.strategy != "single" and not dist.is_initialized():
         join()
     for player in players:
@@ -1322,9 +1324,7 @@ def parallel(players, settings, start):
             shard(player.network, settings)
         if settings.strategy == "ddp":
             whole = LossModule(player.network, player.loss)
-            player.loss = DistributedDataParallel(
-                whole, find_unused_parameters=start < player.idle, gradient_as_bucket_view=True
-            )
+            player.loss = DistributedDataParallel(whole, find_unused_parameters=player.idle > 0, gradient_as_bucket_view=True)
 
 
 class LossModule(torch.nn.Module):
@@ -1447,7 +1447,7 @@ def save_checkpoint(out, progress, tensors):
     temporary = out / f".{path.name}"
     if rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)  # other processes may be here already
     try:
         in_dcp(dcp.save, tensors, storage_writer=dcp.FileSystemWriter(temporary))
     except dcp.api.CheckpointException as error:
@@ -1455,6 +1455,9 @@ def save_checkpoint(out, progress, tensors):
             shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write {path}: {root_cause(error)}; nothing was changed") from error
     if rank() == 0:
+        files = {place.relative_path for place in Reader(temporary).read_metadata().storage_data.values()}
+        if not all((temporary / file).exists() for file in files):
+            raise UserError(f"{out}: not every process writes there; several machines need one folder that they share")
         write_checkpoint(temporary / "run.pt", progress)
         remove_folder(path)
         os.replace(temporary, path)
@@ -1492,17 +1495,24 @@ def load_checkpoint(out, players, ema, stage):
     """Read the newest checkpoint that can be read into the run. Returns its progress."""
     for path in checkpoints(out):
         try:
-            progress, reader = read_checkpoint(path / "run.pt", PROGRESS), Reader(path)
-            names = reader.read_metadata().state_dict_metadata
+            progress = names = problem = None
+            try:
+                progress, reader = read_checkpoint(path / "run.pt", PROGRESS), Reader(path)
+                names = reader.read_metadata().state_dict_metadata
+            except (OSError, pickle.UnpicklingError, UserError) as error:
+                problem = error
+            if across(float(problem is not None), dist.ReduceOp.MAX):
+                raise problem or UserError("another process cannot read it")
             for player in players:
+                player.optimizer.state.clear()
                 for name, p in player.network.named_parameters():
                     if f"{player.name}_adamw.{name}.step" in names:
                         moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
                         player.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
             with torch.no_grad():
-                in_dcp(dcp.load, run_tensors(players, ema, stage), storage_reader=reader)
+                in_dcp(dcp.load, run_tensors(players, ema, stage), storage_reader=reader, planner=TensorsOnly())
             return progress
-        except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError, EOFError, UserError) as error:
+        except (dcp.api.CheckpointException, OSError, pickle.UnpicklingError, UserError) as error:
             print(f"{path} cannot be read ({root_cause(error)}); trying the one before")
     raise UserError(f"{out}: none of its checkpoints can be read")
 
@@ -1527,7 +1537,7 @@ class Reader(dcp.FileSystemReader):
     NAMES = {
         "torch.distributed.checkpoint.metadata": {
             *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties"),
-            *("ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+            *("ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),  # not BytesStorageMetadata: DCP would unpickle what it names
         },
         "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
         "torch": {"Size", "float32", "float64", "float16", "bfloat16", "int64", "int32", "uint8", "bool"},
@@ -1542,8 +1552,21 @@ class Reader(dcp.FileSystemReader):
             return super().find_class(module, name)
 
     def read_metadata(self, *args, **kwargs):
-        with (self.path / ".metadata").open("rb") as file:
-            return self.Unpickler(file).load()
+        try:
+            with (self.path / ".metadata").open("rb") as file:
+                metadata = self.Unpickler(file).load()
+            if not isinstance(metadata, dcp.Metadata):
+                raise pickle.UnpicklingError("it is none")
+            return metadata
+        except OSError:
+            raise
+        except Exception as error:  # a damaged pickle may raise anything
+            raise pickle.UnpicklingError(f"its table of contents is damaged: {error}") from error
+
+
+class TensorsOnly(dcp.DefaultLoadPlanner):
+    def load_bytes(self, read_item, value):
+        raise pickle.UnpicklingError("it holds more than tensors")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1606,7 +1629,7 @@ def plan(typed):
         sum(p.numel() for p in m.parameters()) for m in model.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)
     ]
     largest = max(*units, parameters - sum(units))
-    with mixed_precision(s):
+    with torch.autocast("cpu", torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
         (one, few), (two, less) = activation_bytes(model, 1), activation_bytes(model, 2)
     image, small_image = two - one, less - few
     print(f"{parameters:,} parameters to train, {frozen:,} in the first stage; {s.precision}; a process holds, in 10^9 bytes:")
@@ -1632,14 +1655,15 @@ def train(stage_name, typed, resume):
     out = Path(typed.get("out", Stage.Settings.out))
     if not resume and checkpoints(out):
         raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
-    settings = restore(Stage.Settings, newest_progress(out), typed) if resume else Stage.Settings(**typed)
+    saved = newest_progress(out) if resume else None
+    settings = restore(Stage.Settings, saved, typed) if resume else Stage.Settings(**typed)
     complete(settings)
     stage = Stage(settings)
     model, players = stage.model, stage.players()
     if not resume:
         stage.start()
     start, run, before, best = 0, 1, 0.0, math.inf
-    parallel(players, settings, start)
+    parallel(players, settings)
     for player in players:
         player.parameters = [p for p in player.network.parameters() if p.requires_grad]
         player.optimizer = torch.optim.AdamW(
@@ -1723,14 +1747,15 @@ def train(stage_name, typed, resume):
             weights = {"raw": raw, "ema": raw | whole_tensors(ema.state_dict())}
         if better and rank() == 0:
             save_model(out / "best.pt", stage_name, asdict(settings), stage.classes, done, weights)
-        if save:
-            progress = {"settings": asdict(settings), "update": done, "run": run, "seconds": seconds, "best": best}
-            save_checkpoint(out, progress, run_tensors(players, ema, stage))
         if save and rank() == 0:
             save_model(out / "model.pt", stage_name, asdict(settings), stage.classes, done, weights)
             draw_losses(log.rows(), out / "loss.png", stage.loss_name)
+        if save:  # last: what a kill before it loses is computed again, with all that was written
+            progress = {"settings": asdict(settings), "update": done, "run": run, "seconds": seconds, "best": best}
+            save_checkpoint(out, progress, run_tensors(players, ema, stage))
         if stopping:
             bar.close()
+            across(0.0)  # torchrun kills all, soon after the first has left
             print(f"stopped after update {done} and saved; to go on: {resume_command(stage_name, out)}")
             sys.exit(128 + stopping)
         mark, counted = time.perf_counter(), done
@@ -1761,20 +1786,25 @@ def restore(Settings, saved, typed):
             old = getattr(settings, f.name)
             raise UserError(f"{option(f.name)} was {old} when this run began; another value needs a new --out DIR")
         setattr(settings, f.name, value)
-    settings.processes = world()
+    moved, settings.processes = settings.processes != world(), world()
+    if "accumulate" not in typed:
+        settings.accumulate = math.gcd(settings.accumulate, max(1, images // settings.processes))
     if "batch" not in typed:
         settings.batch = max(1, images // (settings.accumulate * settings.processes))
     if settings.images != images:
         factors = f"{settings.processes} processes x --accumulate {settings.accumulate} x --batch {settings.batch}"
         raise UserError(f"an update of this run has {images} images; {factors} are {settings.images}")
-    if "strategy" not in typed:
+    if "strategy" not in typed and moved:
         settings.strategy = "auto"
+    if "cpu_offload" not in typed and settings.strategy != "fsdp":
+        settings.cpu_offload = False  # as it was: only fsdp has it
     return settings
 
 
 def resume_command(stage_name, out):
     where = "" if str(out) == STAGES[stage_name].Settings.out else f" --out {out}"
-    return f"python train.py --stage {stage_name} --resume{where}"
+    program = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', 1)}" if "RANK" in os.environ else "python"
+    return f"{program} train.py --stage {stage_name} --resume{where}"
 
 
 def main():
@@ -1787,9 +1817,11 @@ def main():
         return
     program = partial(train, stage, typed, resume)
     if "RANK" in os.environ:
-        in_company(program)
+        in_company(program, typed.get("device", "auto"))
     else:
         program()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def draw_chart(stage, typed):
@@ -1801,24 +1833,27 @@ def draw_chart(stage, typed):
     print(f"{typed['chart']}: the losses of {log}")
 
 
-def in_company(program):
+def in_company(program, device="auto"):
     """Run it as one of torchrun's processes: what stops them all is said once, and a finished one exits with 0."""
 
+    def let_others_speak():
+        """Of what stops all, process 0 or the one whose disk is full speaks first; torchrun then ends this one."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+
     def speak_in_turn():
+        join(device)
         try:
-            join()
             program()
         except UserError:
-            if rank():  # process 0 says the same, and torchrun ends this one when that has ended
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                time.sleep(2)
+            if rank():
+                let_others_speak()
             raise
         except RuntimeError as error:
             if not any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
                 raise
-            raise UserError(
-                f"process {rank()} of {world()}: another one is gone; --resume goes on from the last checkpoint"
-            ) from error
+            cause = str(error).strip().split("\n")[0]
+            raise UserError(f"another process is gone ({cause}); --resume goes on from the last checkpoint") from error
 
     code = 0
     try:

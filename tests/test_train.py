@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import equal_tensors, newest_checkpoint
 from PIL import Image
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import train
 from data import TABLE_4_1, open_letters, rows_of_update
@@ -383,12 +384,17 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-@pytest.mark.parametrize("file", [".metadata", "run.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("file", [".metadata", "as bytes", "run.pt", "__0_0.distcp"])
 def test_a_checkpoint_that_would_run_code_is_refused(refused, copied, monkeypatch, file):
     monkeypatch.chdir(copied)
     for path in train.checkpoints(copied):
         if file == ".metadata":
             (path / file).write_bytes(pickle.dumps(Harmful()))
+        elif file == "as bytes":  # DCP would unpickle whatever stands where a tensor should
+            metadata = train.Reader(path).read_metadata()
+            metadata.state_dict_metadata = dict.fromkeys(metadata.state_dict_metadata, BytesStorageMetadata())
+            (path / ".metadata").write_bytes(pickle.dumps(metadata))
+            (path / "__0_0.distcp").write_bytes(pickle.dumps(Harmful()) * 1000)
         elif file == "run.pt":
             torch.save({"settings": Harmful()}, path / file)
         else:
