@@ -1366,6 +1366,14 @@ def side_by_side(pictures, titles):
     return joined
 
 
+def stacked(pictures):
+    """Pictures one below the other."""
+    joined = Image.new("RGB", (max(picture.width for picture in pictures), sum(p.height for p in pictures)), PAPER)
+    for i, picture in enumerate(pictures):
+        joined.paste(picture, (0, sum(p.height for p in pictures[:i])))
+    return joined
+
+
 def chart(lines, title, x_label, y_label, size=(900, 460)):
     """A line chart with a logarithmic y axis.
 

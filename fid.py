@@ -954,7 +954,7 @@ def parse():
     p.add_argument("--inception", metavar="FILE", help="Inception's weights (default: in torch's hub cache)")
     p.add_argument("--download", action="store_true", help="fetch Inception's weights (96 MB) into torch's hub cache")
     p.add_argument("--classifier", metavar="FILE", help="letters classifier (default: the one that comes with the project)")
-    p.add_argument("--train-classifier", metavar="FILE", help="train a letters classifier (two minutes) and do nothing else")
+    p.add_argument("--train-classifier", metavar="FILE", help="train a letters classifier (half a minute) and do nothing else")
     p.add_argument("--size", type=int, help="working size that every image is brought to (default 256; letters 32)")
     p.add_argument("--keep", type=int, default=10_000, help="most features kept for kernel distance, precision, recall (10000)")
     p.add_argument("--save-real", metavar="FILE", help="keep what was measured of the real images, for --real FILE next time")

@@ -19,6 +19,10 @@ from ddpm import SCHEDULES, Diffusion
 from unet import latent_unet, letters_unet, noisy_classifier
 from vqgan import VQGAN, Codebook, GaussianBottleneck, NoBottleneck, PerceptualLoss
 
+# ------------------------------------------------------------------------------------------------------------------
+# 3.6, 4.4.3  A network, a schedule and the names of labels as one model
+# ------------------------------------------------------------------------------------------------------------------
+
 
 def network_time(t, x):
     """Time as networks count it, from 0, for every row of x, (B,). t: 1..T, an int or (B,)."""
@@ -129,6 +133,11 @@ class GuidingClassifier(nn.Module):
     def loss(self, x_0, y, t, noise):
         """The cross-entropy -log f(y | x_t, t) at a noised x_0, one value an image."""
         return -self.log_f(self.diffusion.q_sample(x_0, t, noise), t).gather(1, y[:, None])[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# From settings to a model
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def build_model(stage, settings, classes):

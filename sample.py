@@ -46,6 +46,7 @@ from data import (
     picture_name,
     run_program,
     side_by_side,
+    stacked,
     to_tensor,
     to_uint8,
     whole_file,
@@ -916,7 +917,7 @@ def draw(model, args, label, how):
 
 
 def draw_scales(model, columns, seed, scales, **how):
-    """Figures 5.1 to 5.4 side by side, one grid a guidance scale, and what the scale does to colour and variety as a table."""
+    """Figures 5.1 to 5.4, two in a row, one grid a guidance scale, and what the scale does to colour and variety as a table."""
     titles = [f"scale {scale:g}" for scale in scales]
     pictures = []
     print(f"{'':10}  colour distance  variety")
@@ -926,7 +927,12 @@ def draw_scales(model, columns, seed, scales, **how):
         distances, labelled = colour_distance(images, model.classes), images[:-1]
         distance = "-" if distances is None else f"{distances.mean():.1f}"
         print(f"{title:10}  {distance:>15}  {variety(labelled).mean():7.1f}")
-    return side_by_side(pictures, titles)
+    return stacked([side_by_side(pictures[i : i + 2], titles[i : i + 2]) for i in range(0, len(pictures), 2)])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Devices
+# ------------------------------------------------------------------------------------------------------------------
 
 
 def best_device():

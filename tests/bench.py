@@ -47,6 +47,7 @@ from data import (
     rgb_to_lab,
     run_program,
     side_by_side,
+    stacked,
     to_tensor,
 )
 from ddpm import Diffusion, linear_schedule
@@ -307,13 +308,6 @@ def letters_judge():
 def letters_variety(images):
     """`variety` of images in the order of the alphabet, averaged over the letters."""
     return variety(images.reshape(26, -1, *images.shape[1:])).mean()
-
-
-def stacked(pictures):
-    whole = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
-    for i, picture in enumerate(pictures):
-        whole.paste(picture, (0, sum(p.height for p in pictures[:i])))
-    return whole
 
 
 def bench_opening(count=400_000):
