@@ -616,7 +616,7 @@ class Player:
     """Someone who trains.
 
     loss: function (n, part) -> the mean loss of those images of update n that the slice `part` leaves over; start: the first
-    update; idle: until which update some parameters get no gradient. `train` adds the parameters and their optimiser.
+    update; idle: whether some parameters may go without a gradient. `train` adds the parameters and their optimiser.
     """
 
     name: str
@@ -624,7 +624,7 @@ class Player:
     loss: Callable
     betas: tuple = (0.9, 0.99)
     start: int = 0
-    idle: int = 0
+    idle: bool = False
 
 
 class Stage:
@@ -649,6 +649,9 @@ class Stage:
 
     def start(self):
         pass
+
+    def players(self):
+        return [Player("train", self.model, self.loss)]
 
     def rows(self, n):
         s = self.settings
@@ -683,9 +686,6 @@ class DiffusionStage(Stage):
     def scale(self):
         """The guidance scale of previews: the one that the thesis chose."""
         return 2.0 if self.settings.p_uncond else 1.0
-
-    def players(self):
-        return [Player("train", self.model, self.loss)]
 
     def loss(self, n, part=WHOLE):
         """The loss of update n (3.5.4), with labels dropped as in 4.4.3: a function of (seed, n) and the weights alone."""
@@ -882,11 +882,15 @@ def encoded(data, first_stage, flip, device, batch=16):
     return np.load(path, mmap_mode="r")
 
 
+def blocks_of(unet):
+    """The residual blocks and transformers: the units of activation checkpointing and of FSDP."""
+    return [module for module in unet.modules() if isinstance(module, ResBlock | SpatialTransformer)]
+
+
 def checkpoint_activations(unet):
     """Keep only what goes into every block of the U-Net; what happens inside is computed again when the gradient needs it."""
-    for module in unet.modules():
-        if isinstance(module, ResBlock | SpatialTransformer):
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+    for block in blocks_of(unet):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class ClassifierStage(Stage):
@@ -917,9 +921,6 @@ class ClassifierStage(Stage):
             return pixel_examples(self.data, rows, mirrored, self.settings.device)
         x, y = latent_examples(self.latents, self.data.labels, rows, mirrored, self.settings.device)
         return self.latent_scale * x, y
-
-    def players(self):
-        return [Player("train", self.model, self.loss)]
 
     def loss(self, n, part=WHOLE):
         """The loss of update n, at t uniform on {1..T}: a function of (seed, n) and the weights alone."""
@@ -1000,7 +1001,7 @@ class AutoencoderStage(Stage):
 
     def players(self):
         s = self.settings
-        players = [Player("train", self.model, self.loss, idle=s.quantise_from if s.bottleneck == "vq" else 0)]
+        players = [Player("train", self.model, self.loss, idle=s.bottleneck == "vq" and s.quantise_from > 0)]
         if s.adversarial:
             players.append(Player("disc", self.discriminator, self.discriminator_loss, (0.5, 0.9), start=s.disc_start))
         return players
@@ -1324,7 +1325,7 @@ def parallel(players, settings):
             shard(player.network, settings)
         if settings.strategy == "ddp":
             whole = LossModule(player.network, player.loss)
-            player.loss = DistributedDataParallel(whole, find_unused_parameters=player.idle > 0, gradient_as_bucket_view=True)
+            player.loss = DistributedDataParallel(whole, find_unused_parameters=player.idle, gradient_as_bucket_view=True)
 
 
 class LossModule(torch.nn.Module):
@@ -1346,7 +1347,7 @@ def shard(model, settings):
     }
     for part in (model.unet, model.context):
         part.to(memory_format=torch.contiguous_format)  # fully_shard knows no other
-        for unit in [module for module in part.modules() if isinstance(module, ResBlock | SpatialTransformer)]:
+        for unit in blocks_of(part):
             fully_shard(unit, **how)
         fully_shard(part, **how)
 
@@ -1403,12 +1404,16 @@ def communication_seconds(players, settings):
     return time.perf_counter() - start
 
 
+def resident_peak():
+    """The most memory that this process ever had, MiB; 0 where the system does not say. (What getrusage says is inherited.)"""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
 def peak_memory(settings):
     """The most memory that a process of the run had so far, MiB: of its GPU, or of the whole process on a CPU."""
-    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
-    status = Path("/proc/self/status")
-    if settings.device == "cpu" and status.exists():
-        peak = next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    peak = resident_peak() if settings.device == "cpu" else torch.cuda.max_memory_allocated() / 2**20
     return across(peak, dist.ReduceOp.MAX).item()
 
 
@@ -1590,7 +1595,6 @@ def memory_per_process(parameters, largest, frozen, strategy, processes=1, offlo
 def activation_bytes(model, batch):
     """What the forward pass of a batch keeps for the gradient, in bytes: all of it, and with --checkpoint-activations, which
     keeps what goes into every block and, one block at a time, what happens inside."""
-    blocks = [module for module in model.unet.modules() if isinstance(module, ResBlock | SpatialTransformer)]
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept, inputs, inside = {}, {}, []
 
@@ -1606,28 +1610,34 @@ def activation_bytes(model, batch):
     def leave(block, arguments, output):
         inside[-1] += sum(kept.values())
 
-    hooks = [hook for b in blocks for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))]
+    hooks = [
+        hook for b in blocks_of(model.unet) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
+    ]
     z, y = torch.randn(batch, *model.shape), torch.zeros(batch, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = model.loss(z, y, torch.full_like(y, 500), torch.randn_like(z))  # as long as it lives, all that it keeps does
+        loss = model.loss(z, y, torch.full_like(y, 500), torch.randn_like(z))
+    del loss  # only now: while it lived, all that it keeps did, and no memory was counted under two names
     for hook in hooks:
         hook.remove()
     total = sum(kept.values())
-    return total, total - sum(inside) + sum(inputs.values()) + max(inside) if loss is not None else 0
+    return total, total - sum(inside) + sum(inputs.values()) + max(inside)
+
+
+def untrained_latent(size, settings):
+    """A latent model on the first stage of `size`, both with random weights; `settings` are those of the latent model."""
+    first_stage = SIZES[FirstStage][size] | {"beta": 0.25, "released": False, "kl_weight": 0.0}
+    more = {"first_stage_settings": first_stage, "size": settings.get("size") or first_stage["size"], "latent_scale": 1.0}
+    return build_latent({"attention_levels": None} | settings | more, list(COLOURS))
 
 
 def plan(typed):
     """The table of `--plan`: what a process holds, and how many images it can compute at a time on GPUs of so many GB."""
     gigabytes, s = typed.pop("plan"), Latent(**typed)
     complete(s)
-    first_stage = SIZES[FirstStage][s.model] | {"beta": 0.25, "released": False, "kl_weight": 0.0}
-    shape = {"first_stage_settings": first_stage, "size": s.size or first_stage["size"], "latent_scale": 1.0}
-    model = build_latent(asdict(s) | shape, list(COLOURS))
+    model = untrained_latent(s.model, asdict(s))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.first_stage.parameters())
-    units = [
-        sum(p.numel() for p in m.parameters()) for m in model.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)
-    ]
+    units = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model.unet)]
     largest = max(*units, parameters - sum(units))
     with torch.autocast("cpu", torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
         (one, few), (two, less) = activation_bytes(model, 1), activation_bytes(model, 2)
@@ -1655,8 +1665,7 @@ def train(stage_name, typed, resume):
     out = Path(typed.get("out", Stage.Settings.out))
     if not resume and checkpoints(out):
         raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
-    saved = newest_progress(out) if resume else None
-    settings = restore(Stage.Settings, saved, typed) if resume else Stage.Settings(**typed)
+    settings = restore(Stage.Settings, newest_progress(out), typed) if resume else Stage.Settings(**typed)
     complete(settings)
     stage = Stage(settings)
     model, players = stage.model, stage.players()

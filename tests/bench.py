@@ -35,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import (
     ALPHABET,
     ASSETS,
-    COLOURS,
     UserError,
     bars,
     chart,
@@ -63,9 +62,9 @@ from fid import (
     measure,
     paintings_features,
 )
-from ldm import PixelDiffusion, build_latent
+from ldm import PixelDiffusion
 from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, tune, variety
-from train import EMA, SIZES, FirstStage, Latent, Letters, checkpoint_activations
+from train import EMA, SIZES, Latent, Letters, checkpoint_activations, resident_peak, untrained_latent
 from unet import latent_unet, letters_unet
 from vqgan import VQGAN, nearest_code
 
@@ -137,7 +136,6 @@ def bench_sampling(batch=64, steps=50, rounds=2, against=None):
             rate = f"{batch / sampling:.1f} images/s; {bare / sampling:.3f} of the images/s of {steps + 1} bare evaluations"
             print(f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network", flush=True)
     x, alpha_bar = torch.randn(16, 4, 32, 32), model.diffusion.alpha_bar
-    tune("cpu")
     ours = seconds(lambda: deque(plms(lambda x, t: 0.1 * x, x, timesteps(1000, steps), alpha_bar), maxlen=1))
     print(f"sampler alone, PLMS-{steps}, 16 latents of 4 x 32 x 32, a network that takes no time: {1000 * ours:.1f} ms", end="")
     if against:
@@ -386,9 +384,9 @@ def first_stage_memory(what):
         model, x = VQGAN().eval(), torch.rand(1, 3, what, what) * 2 - 1
         call = torch.no_grad()(lambda: model.decode(model.encode(x)))
     nearest_code(torch.zeros(1, 4), torch.zeros(1, 4))
-    before, start = peak_memory(), time.perf_counter()
+    before, start = resident_peak(), time.perf_counter()
     call()
-    return peak_memory() - before, time.perf_counter() - start
+    return resident_peak() - before, time.perf_counter() - start
 
 
 def in_new_process(function, *arguments):
@@ -444,20 +442,15 @@ def bench_loader(count=400):
                 print(f"loader, {what}, {workers} worker processes: {rate:.0f} images/s")
 
 
-def peak_memory():
-    """The most memory this process ever had, MiB. (What getrusage says is inherited from the process that started it.)"""
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
-
-
 def streaming_memory(count, keep):
     """How much the memory of this process rises, MiB, when `count` images are measured with 2048 features each."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         source = repeated(folder, count, size=64, label="none")
         list(measure(repeated(folder, 64, size=64, label="none"), lambda images: torch.randn(len(images), 8)))
-        before = peak_memory()
+        before = resident_peak()
         list(measure(source, lambda images: torch.randn(len(images), 2048), keep))
-        return peak_memory() - before
+        return resident_peak() - before
 
 
 def bench_memory():
@@ -558,7 +551,7 @@ def unet_times(mode):
         forward().float().square().mean().backward()
 
     taken = seconds(torch.no_grad()(forward), 3, time.process_time), seconds(both, 2, time.process_time)
-    return peak_memory(), *taken
+    return resident_peak(), *taken
 
 
 def adamw_time(how):
@@ -579,9 +572,7 @@ def bench_latent():
 
 
 def latent_model(size):
-    first_stage = SIZES[FirstStage][size] | {"beta": 0.25, "released": False}
-    settings = {"size": first_stage["size"], "first_stage_settings": first_stage, "attention_levels": None, "latent_scale": 1.0}
-    return build_latent(SIZES[Latent][size] | settings, list(COLOURS))
+    return untrained_latent(size, SIZES[Latent][size])
 
 
 def latent_update(bf16, again):
@@ -602,7 +593,7 @@ def latent_update(bf16, again):
         optimizer.step()
         optimizer.zero_grad()
         ema.update(n)
-    return peak_memory(), time.perf_counter() - start
+    return resident_peak(), time.perf_counter() - start
 
 
 def latent_picture(bf16):
@@ -610,7 +601,7 @@ def latent_picture(bf16):
     model = latent_model("thesis").eval()
     start = time.perf_counter()
     generate(model, [2], steps=50, scale=2.0, bf16=bf16, progress=False)
-    return peak_memory(), time.perf_counter() - start
+    return resident_peak(), time.perf_counter() - start
 
 
 BENCHES = {

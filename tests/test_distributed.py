@@ -93,12 +93,8 @@ def in_two_processes(data, out):
         shutil.copytree(out / "two-to-one", out / "fsdp-to-ddp")
     train.across(0.0)
     run_until("fsdp-to-ddp", going_on("ddp"), data, out, resume=True)
-    settings = train.Latent(**newest_checkpoint_settings(out / "fsdp"))
+    settings = train.Latent(**train.newest_progress(out / "fsdp")["settings"])
     (out / f"shares-{train.rank()}.json").write_text(json.dumps(shares_of(settings, out / "fsdp")))
-
-
-def newest_checkpoint_settings(run):
-    return train.newest_progress(run)["settings"]
 
 
 def shares_of(settings, run):
