@@ -13,6 +13,7 @@ A set of images is packed once into a uint8 memory map; training then reads batc
 import argparse
 import contextlib
 import csv
+import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -107,115 +108,45 @@ def _remove(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4.2.3  Pre-processing: crop, then resize, then [-1, 1]
+# Devices, for every program of the project
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def to_tensor(images):
-    """4.2.3:  uint8 [0, 255] -> float [-1, 1],  x = u / 127.5 - 1.
+def best_device():
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
-    images: (B, H, W, C) uint8 array or tensor. Returns (B, 3, H, W) float32. One grey channel becomes three equal ones, on
-    purpose: the letters model is to meet data of the same form as the paintings (4.2.1).
+
+def tune(device, keep_memory=True):
+    """Before the first network on a CPU: two defaults that cost the large model half its speed. Elsewhere it does nothing.
+
+    Matrix products go through oneDNN, as convolutions do: MKL, torch's default, has half the speed on AMD's processors. The
+    switch for it permits bfloat16, of which only processors with AMX make use; there it is put back, float32 stays float32.
+    glibc gives large blocks back to the system and gets them again, page by page, at every layer; with `keep_memory` it keeps
+    them. (Not under FSDP, which gathers blocks of many sizes for a moment: what is kept would be a third more memory.)
     """
-    x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+    if torch.device(device).type != "cpu":
+        return
+    matmul, x = torch.backends.mkldnn.matmul, torch.linspace(-1, 2, 256 * 256, dtype=torch.float64).view(256, 256)
+    matmul.fp32_precision = "bf16"
+    if not torch.allclose((x.float() @ x.float()).double(), x @ x, rtol=1e-5, atol=1e-3):
+        matmul.fp32_precision = "ieee"
+    if not keep_memory:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
-def to_uint8(x):
-    """Inverse of `to_tensor`: (B, 3, H, W) in [-1, 1], clamped -> (B, H, W, 3) uint8 array; exact on what `to_tensor` gives."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def crop_and_resize(image, size):
-    """4.2.3:  centre-crop to a square, then resize (anti-aliased): the order that deforms nothing. Pillow image in and out."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    if (width, height) != (side, side):
-        image = image.crop((left, top, left + side, top + side))
-    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4.2.2  Colours: the eight labels, sRGB <-> CIE-LAB, the nearest label
-# ------------------------------------------------------------------------------------------------------------------
-
-# Table 4.1: the labels in its order, 0 to 7. It gives no RGB values: these are CSS's for the names (E38).
-COLOURS = {
-    "orange": (255, 165, 0),
-    "green": (0, 128, 0),
-    "blue": (0, 0, 255),
-    "purple": (128, 0, 128),
-    "yellow": (255, 255, 0),
-    "red": (255, 0, 0),
-    "black": (0, 0, 0),
-    "white": (255, 255, 255),
-}
-TABLE_4_1 = (2586, 2493, 388, 4098, 142, 647, 3531, 5889)  # the thesis's images of every label, 19,774 in all (E36)
-# IEC 61966-2-1: linear sRGB -> XYZ for the white point D65, which is the image of (1, 1, 1)
-RGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
-D65 = RGB_TO_XYZ.sum(1)
-DELTA = 6 / 29  # where CIE's cube root gives way to a straight line
-
-
-def rgb_to_lab(rgb):
-    """4.2.2, step 1:  sRGB -> linear -> XYZ / D65 -> CIE-LAB (E39 fills in gamma and white point).
-
-        L = 116 f(Y) - 16,   a = 500 (f(X) - f(Y)),   b = 200 (f(Y) - f(Z)),   f(t) = t^(1/3), a straight line below (6/29)^3
-
-    rgb: (..., 3), uint8 or float, 0 to 255. Returns (..., 3): float32 for uint8 and float32, else float64.
-    """
-    rgb = np.asarray(rgb)
-    if rgb.dtype == np.uint8:
-        linear = srgb_to_linear(np.arange(256, dtype=np.float32) / 255)[rgb]
-    else:
-        linear = srgb_to_linear(rgb.astype(np.float32 if rgb.dtype == np.float32 else np.float64) / 255)
-    t = linear @ (RGB_TO_XYZ / D65[:, None]).T.astype(linear.dtype)
-    f = np.cbrt(np.maximum(t, DELTA**3)) + (np.minimum(t, DELTA**3) - DELTA**3) / (3 * DELTA**2)
-    return f @ np.array([[0, 116, 0], [500, -500, 0], [0, 200, -200]], f.dtype).T - np.array([16, 0, 0], f.dtype)
-
-
-def lab_to_rgb(lab):
-    """Inverse of `rgb_to_lab`, clipped to what a screen shows: (..., 3) -> (..., 3) float, 0 to 255."""
-    lab = np.asarray(lab) * 1.0
-    f = (lab[..., :1] + 16) / 116 + lab[..., 1:2] * (0.002, 0, 0) - lab[..., 2:] * (0, 0, 0.005)
-    t = np.maximum(f, DELTA) ** 3 + (np.minimum(f, DELTA) - DELTA) * 3 * DELTA**2
-    linear = (t * D65) @ np.linalg.inv(RGB_TO_XYZ).T
-    return 255 * linear_to_srgb(np.clip(linear, 0, 1))
-
-
-def srgb_to_linear(u):
-    """IEC 61966-2-1:  u / 12.92 up to 0.04045, ((u + 0.055) / 1.055)^2.4 above; 0 to 1."""
-    return np.where(u <= 0.04045, u / 12.92, ((np.maximum(u, 0) + 0.055) / 1.055) ** 2.4)
-
-
-def linear_to_srgb(v):
-    return np.where(v <= 0.0031308, 12.92 * v, 1.055 * np.maximum(v, 0.0031308) ** (1 / 2.4) - 0.055)
-
-
-def mean_colour(images, space="rgb"):
-    """4.2.2:  the mean over the pixels; in space "lab" pixels are converted first and then averaged, as printed (E39).
-
-    images: (..., H, W, 3) uint8. Returns (..., 3) float64 in that space.
-    """
-    values = rgb_to_lab(images) if space == "lab" else np.asarray(images)
-    columns = values.sum(-3, dtype=np.uint32 if values.dtype == np.uint8 else np.float64)  # faster than a mean at once
-    return columns.mean(-2, dtype=np.float64) / values.shape[-3]
-
-
-def nearest_colour(colours, space="rgb", palette=COLOURS):
-    """4.2.2:  argmin_k |c - c_k|, the number of the label colour nearest to c, by Euclidean distance in the given space.
-
-    colours: (..., 3) in that space, such as `mean_colour` returns. Returns (...) int64; the first of equally near ones.
-    """
-    return label_distances(colours, space, palette).argmin(-1)
-
-
-def label_distances(colours, space="rgb", palette=COLOURS):
-    """Distances of colours (..., 3) to every label colour: (..., K). In LAB this is Delta-E 76."""
-    labels = np.array(list(palette.values()), np.float64)
-    labels = rgb_to_lab(labels) if space == "lab" else labels
-    return np.linalg.norm(np.asarray(colours)[..., None, :] - labels, axis=-1)
+def check_device(device):
+    """The device, if it is there."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {device}: not there on this machine") from None
+    return device
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -332,51 +263,407 @@ def open_paintings(path=None, size=256):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Which rows an update sees: functions of (seed, n), the same in every process
+# 4.2.1  Letters from fonts, in the layout of the Kaggle set
+# ------------------------------------------------------------------------------------------------------------------
+
+FONT_SUFFIXES = {".ttf", ".otf", ".ttc", ".otc", ".pfb"}
+
+
+def letters_from_fonts(fonts, out):
+    """Render A to Z of every font below `fonts` to `out`/A/<n>.png and so on; `out`/fonts.csv says which font is n.
+
+    White on black, 32 x 32, longer side 30 pixels, centred. Returns a Counter: reason -> fonts rejected for it, "" = kept.
+    """
+    fonts, out = Path(fonts), Path(out)
+    files = sorted(file for file in fonts.rglob("*") if file.suffix.lower() in FONT_SUFFIXES)
+    if not files:
+        raise UserError(f"{fonts}: no fonts in it or below it (expected {', '.join(sorted(FONT_SUFFIXES))})")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; name another with --out")
+    first, reasons = {}, Counter()
+    with whole_file(out) as temporary:
+        for letter in ALPHABET:
+            (temporary / letter).mkdir(parents=True)
+        with (temporary / "fonts.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as csv_file:
+            table = csv.writer(csv_file)
+            table.writerow(("n", "file", "rejected"))
+            for file in tqdm(files, "rendering", unit="font", disable=None):
+                n = reasons[""]
+                try:
+                    letters = render_letters(file)
+                    same = first.setdefault(letters.tobytes(), file)
+                    if same != file:
+                        raise UserError(f"the same letters as another font: {same.relative_to(fonts)}")
+                except UserError as error:
+                    reasons[str(error).partition(":")[0]] += 1
+                    table.writerow(("", file.relative_to(fonts), error))
+                    continue
+                for letter, image in zip(ALPHABET, letters):
+                    Image.fromarray(image).save(temporary / letter / f"{n}.png")
+                table.writerow((n, file.relative_to(fonts), ""))
+                reasons[""] += 1
+        if not reasons[""]:
+            raise UserError(f"{fonts}: none of {len(files)} fonts has 26 letters: {dict(reasons)}")
+    return reasons
+
+
+def render_letters(file):
+    """The capitals of a font as (26, 32, 32) uint8. UserError: why they are no letters."""
+    try:
+        face = ImageFont.truetype(str(file), 96)
+        glyphs = [glyph(face, char) for char in [*ALPHABET, "\U0010fffe"]]  # the last is in no font: it shows .notdef
+    except (OSError, ValueError) as error:
+        raise UserError(f"not a font that can be drawn: {error}") from None
+    *glyphs, notdef = glyphs
+    if None in glyphs:
+        raise UserError(f"blank letters: {', '.join(char for char, g in zip(ALPHABET, glyphs) if g is None)}")
+    missing = [
+        char for char, g in zip(ALPHABET, glyphs) if notdef and g.size == notdef.size and g.tobytes() == notdef.tobytes()
+    ]
+    if missing:
+        raise UserError(f"missing letters, drawn as .notdef: {', '.join(missing)}")
+    letters = np.zeros((26, 32, 32), np.uint8)
+    for letter, g in zip(letters, glyphs):
+        scale = 30 / max(g.size)
+        width, height = (max(1, round(side * scale)) for side in g.size)
+        left, top = (32 - width) // 2, (32 - height) // 2
+        letter[top : top + height, left : left + width] = g.resize((width, height), Image.Resampling.LANCZOS)
+    known = {}
+    for char, letter in zip(ALPHABET, letters):
+        other = known.setdefault(letter.tobytes(), char)
+        if other != char:
+            raise UserError(f"identical letters: {other} and {char}")
+    return letters
+
+
+def glyph(face, char):
+    """A character as a grey Pillow image without margins, None if blank."""
+    left, top, right, bottom = face.getbbox(char)
+    if right <= left or bottom <= top:
+        return None
+    image = Image.new("L", (right - left, bottom - top))
+    ImageDraw.Draw(image).text((-left, -top), char, 255, face)
+    return image.crop(image.getbbox()) if image.getbbox() else None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Colours: the eight labels, sRGB <-> CIE-LAB, the nearest label
+# ------------------------------------------------------------------------------------------------------------------
+
+# Table 4.1: the labels in its order, 0 to 7. It gives no RGB values: these are CSS's for the names (E38).
+COLOURS = {
+    "orange": (255, 165, 0),
+    "green": (0, 128, 0),
+    "blue": (0, 0, 255),
+    "purple": (128, 0, 128),
+    "yellow": (255, 255, 0),
+    "red": (255, 0, 0),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+}
+TABLE_4_1 = (2586, 2493, 388, 4098, 142, 647, 3531, 5889)  # the thesis's images of every label, 19,774 in all (E36)
+# IEC 61966-2-1: linear sRGB -> XYZ for the white point D65, which is the image of (1, 1, 1)
+RGB_TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]])
+D65 = RGB_TO_XYZ.sum(1)
+DELTA = 6 / 29  # where CIE's cube root gives way to a straight line
+
+
+def rgb_to_lab(rgb):
+    """4.2.2, step 1:  sRGB -> linear -> XYZ / D65 -> CIE-LAB (E39 fills in gamma and white point).
+
+        L = 116 f(Y) - 16,   a = 500 (f(X) - f(Y)),   b = 200 (f(Y) - f(Z)),   f(t) = t^(1/3), a straight line below (6/29)^3
+
+    rgb: (..., 3), uint8 or float, 0 to 255. Returns (..., 3): float32 for uint8 and float32, else float64.
+    """
+    rgb = np.asarray(rgb)
+    if rgb.dtype == np.uint8:
+        linear = srgb_to_linear(np.arange(256, dtype=np.float32) / 255)[rgb]
+    else:
+        linear = srgb_to_linear(rgb.astype(np.float32 if rgb.dtype == np.float32 else np.float64) / 255)
+    t = linear @ (RGB_TO_XYZ / D65[:, None]).T.astype(linear.dtype)
+    f = np.cbrt(np.maximum(t, DELTA**3)) + (np.minimum(t, DELTA**3) - DELTA**3) / (3 * DELTA**2)
+    return f @ np.array([[0, 116, 0], [500, -500, 0], [0, 200, -200]], f.dtype).T - np.array([16, 0, 0], f.dtype)
+
+
+def lab_to_rgb(lab):
+    """Inverse of `rgb_to_lab`, clipped to what a screen shows: (..., 3) -> (..., 3) float, 0 to 255."""
+    lab = np.asarray(lab) * 1.0
+    f = (lab[..., :1] + 16) / 116 + lab[..., 1:2] * (0.002, 0, 0) - lab[..., 2:] * (0, 0, 0.005)
+    t = np.maximum(f, DELTA) ** 3 + (np.minimum(f, DELTA) - DELTA) * 3 * DELTA**2
+    linear = (t * D65) @ np.linalg.inv(RGB_TO_XYZ).T
+    return 255 * linear_to_srgb(np.clip(linear, 0, 1))
+
+
+def srgb_to_linear(u):
+    """IEC 61966-2-1:  u / 12.92 up to 0.04045, ((u + 0.055) / 1.055)^2.4 above; 0 to 1."""
+    return np.where(u <= 0.04045, u / 12.92, ((np.maximum(u, 0) + 0.055) / 1.055) ** 2.4)
+
+
+def linear_to_srgb(v):
+    return np.where(v <= 0.0031308, 12.92 * v, 1.055 * np.maximum(v, 0.0031308) ** (1 / 2.4) - 0.055)
+
+
+def mean_colour(images, space="rgb"):
+    """4.2.2:  the mean over the pixels; in space "lab" pixels are converted first and then averaged, as printed (E39).
+
+    images: (..., H, W, 3) uint8. Returns (..., 3) float64 in that space.
+    """
+    values = rgb_to_lab(images) if space == "lab" else np.asarray(images)
+    columns = values.sum(-3, dtype=np.uint32 if values.dtype == np.uint8 else np.float64)  # faster than a mean at once
+    return columns.mean(-2, dtype=np.float64) / values.shape[-3]
+
+
+def nearest_colour(colours, space="rgb", palette=COLOURS):
+    """4.2.2:  argmin_k |c - c_k|, the number of the label colour nearest to c, by Euclidean distance in the given space.
+
+    colours: (..., 3) in that space, such as `mean_colour` returns. Returns (...) int64; the first of equally near ones.
+    """
+    return label_distances(colours, space, palette).argmin(-1)
+
+
+def label_distances(colours, space="rgb", palette=COLOURS):
+    """Distances of colours (..., 3) to every label colour: (..., K). In LAB this is Delta-E 76."""
+    labels = np.array(list(palette.values()), np.float64)
+    labels = rgb_to_lab(labels) if space == "lab" else labels
+    return np.linalg.norm(np.asarray(colours)[..., None, :] - labels, axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Paintings: any folder of images -> a packed set with colour labels
+# ------------------------------------------------------------------------------------------------------------------
+
+MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: above, Pillow takes a file for a decompression bomb, and so do we
+
+
+def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=None, replace=False):
+    """4.2.2, 4.2.3: decode, crop, resize, reject and label every image below `root`; write the packed set to `folder`, once.
+
+    files.csv in `folder` has every file's label, or why it was rejected. One bad file stops nothing; an interrupted call goes
+    on when it is repeated. The set counts as changed when a file is added to or removed from its folders, or SOURCES.csv is
+    edited. processes: None = one a core. Returns the set; raises UserError where there is nothing to pack.
+    """
+    if folder.is_relative_to(root):
+        raise UserError(f"--out {folder} lies within --data {root}, which is left as it is; name a folder outside of it")
+    tree = [(path, names) for path, _, names in walk(root)]
+    dates = [path for path, _ in tree] + [root / "SOURCES.csv"] * (root / "SOURCES.csv").exists()
+    dates = sorted([str(path.relative_to(root)), path.stat().st_mtime_ns] for path in dates)
+    state = {"size": size, "space": space, "palette": {name: list(rgb) for name, rgb in palette.items()}, "files": dates}
+
+    def pack_tree(folder, state):
+        files = sorted((path / name).relative_to(root) for path, names in tree for name in names)
+        if not files:
+            raise UserError(f"{root}: no images in it or below it (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
+        tasks = [(root / file, label) for file, label in zip(files, folder_labels(root, files, palette))]
+        read = partial(read_painting, size=size, space=space, palette=palette)
+
+        def results(start):
+            return in_processes(read, tasks[start:], 256, processes)
+
+        pack(folder, state, list(palette), (size, size, 3), files, source_names(root, files), results)
+
+    pack_once(folder, state, pack_tree, replace)
+    return read_packed(folder, size)
+
+
+def walk(root):
+    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders, through links.
+
+    A folder that links lead to twice, such as one that holds itself, counts once.
+    """
+    seen = set()
+    for path, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        inside = {folder.name for folder in subfolders(Path(path))}
+        folders[:] = [name for name in folders if name in inside]
+        yield Path(path), folders, [name for name in files if is_image(Path(name))]
+
+
+def folder_labels(root, files, palette):
+    """The labels of a labelled tree: numbers in the order of the palette, whatever the alphabet says (E40); else all None."""
+    numbers = {name.lower(): number for number, name in enumerate(palette)}
+    labels = [next((numbers[part.lower()] for part in file.parts[:-1] if part.lower() in numbers), None) for file in files]
+    if None in labels and len(set(labels)) > 2:
+        odd = files[labels.index(None)]
+        raise UserError(
+            f"{root}: folders are named after colours, but {odd} is in none of them; move it, or rename the folders"
+        )
+    return [None] * len(files) if None in labels else labels
+
+
+def source_names(root, files):
+    """What every file comes from: its `source` in SOURCES.csv, looked up by path or name; without a row, its own name.
+
+    So a painting that is in two folders under the same name, as WikiArt has them, is one source.
+    """
+    known, path = {}, root / "SOURCES.csv"
+    if path.exists():
+        try:
+            with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+                table = csv.DictReader(file)
+                if not {"file", "source"} <= set(table.fieldnames or ()):
+                    found = ", ".join(table.fieldnames or ()) or "nothing"
+                    raise UserError(f"{path}: expected the columns file and source, found {found}")
+                known = {row["file"]: row["source"] for row in table if row["source"]}
+        except csv.Error as error:
+            raise UserError(f"{path}: not a table that can be read ({error})") from error
+    return [known.get(file.as_posix(), known.get(file.name, file.stem)) for file in files]
+
+
+def read_painting(task, size, space="rgb", palette=COLOURS):
+    """One file as a uint8 array (size, size, 3) with its label, or (None, why it is rejected). task: (file, label or None)."""
+    file, label = task
+    try:
+        image = decode(file, size)
+    except UserError as error:
+        return None, str(error)
+    except Exception as error:  # damaged files raise whatever the decoder stumbles on; none may stop the job
+        return None, f"damaged: {error}"
+    if is_plain(image):
+        return None, "plain"
+    image = np.asarray(image)
+    return image, int(nearest_colour(mean_colour(image, space), space, palette)) if label is None else label
+
+
+def decode(file, size):
+    """The centre of an image file of any kind as an 8-bit RGB Pillow image, size x size. UserError: why it is rejected.
+
+    Cameras' rotation is applied, transparent pixels lie on white paper, 16-bit values are scaled. JPEGs far larger than
+    needed are decoded at an eighth to a half of their size.
+    """
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise UserError("not a file: a pipe, a device or a link to nowhere")
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.simplefilter("ignore")  # large but not too large, odd metadata
+        try:
+            image = stack.enter_context(Image.open(file))
+        except Image.DecompressionBombError:
+            raise UserError(f"too large: more than {MOST_PIXELS:,} pixels") from None
+        except UnidentifiedImageError:
+            raise UserError("empty file" if file.stat().st_size == 0 else "not an image") from None
+        if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
+            raise UserError(f"animated: {image.n_frames} frames")
+        image.draft(None, (2 * size, 2 * size))
+        image = upright_8_bit(image)
+        if image.has_transparency_data:
+            paper = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
+        return crop_and_resize(image.convert("RGB"), size)
+
+
+def is_plain(image):
+    """4.2.2: "images that portray only one plain color". At 64 x 64, in LAB, with Delta-E 76:
+
+        standard deviation over all three axes < 5,   or   Delta-E to the median colour < 6 for more than 95 % of the pixels
+
+    Survives noise, vignettes, the texture of a canvas (first half) and a small signature (second half).
+    """
+    lab = rgb_to_lab(np.asarray(image.resize((64, 64), Image.Resampling.BOX))).reshape(-1, 3)
+    deviation = np.sqrt(lab.var(0).sum())
+    return bool(deviation < 5 or (np.linalg.norm(lab - np.median(lab, 0), axis=1) < 6).mean() > 0.95)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.2.2  Figures 4.2 and 4.3: what the two rules make of a set
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def rng(*key):
-    """A CPU generator that is a function of `key`, whole numbers."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+def relabel(paintings, palette=COLOURS):
+    """4.2.2, the re-clustering: labels of every image by the RGB and by the LAB rule, and how wrong the RGB one is in LAB.
 
-
-@lru_cache(maxsize=64)
-def permutation(n, *key):
-    return torch.randperm(n, generator=rng(*key)).numpy()
-
-
-def endless(position, size, seed, *key):
-    """The entries `position` of an endless chain of permutations of `size` rows, one an epoch."""
-    epoch, place = np.divmod(position, size)
-    rows = np.empty(len(position), np.int64)
-    for e in np.unique(epoch):
-        rows[epoch == e] = permutation(size, seed, int(e), *key)[place[epoch == e]]
-    return rows
-
-
-def rows_of_update(seed, n, batch, size):
-    """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch.
-
-    With several processes, `batch` is that of all together and process r of R takes rows[r::R].
+    Returns (rgb, lab, excess), (N,) each; excess: how much farther in Delta-E the RGB label is than the LAB label.
     """
-    return endless(np.arange(n * batch, (n + 1) * batch), size, seed, 1)
+    means = {"rgb": [], "lab": []}
+    for i in tqdm(range(0, len(paintings.images), 32), "mean colours", unit="batch", disable=None):
+        for space, found in means.items():
+            found.append(mean_colour(paintings.images[i : i + 32], space))
+    rgb, lab = (nearest_colour(np.concatenate(means[space]), space, palette) for space in means)
+    distances = label_distances(np.concatenate(means["lab"]), "lab", palette)
+    rows = np.arange(len(rgb))
+    return rgb, lab, distances[rows, rgb] - distances[rows, lab]
 
 
-def balanced_rows_of_update(seed, n, batch, labels):
-    """4.2.2, against the un-balancing: like `rows_of_update`, but every label is seen equally often, however rare it is.
+def transition_report(rgb, lab, names):
+    """Both histograms, and how many images went from which RGB label (row) to which LAB label (column)."""
+    table = np.zeros((len(names), len(names)), int)
+    np.add.at(table, (rgb, lab), 1)
+    width = max(map(len, names)) + 2
+    lines = [f"{'':{width}}{'RGB':>14}{'LAB':>16}"]
+    for name, a, b in zip(names, table.sum(1), table.sum(0)):
+        lines.append(f"{name:{width}}{a:7,} {100 * a / len(rgb):5.1f} %{b:8,} {100 * b / len(rgb):5.1f} %")
+    lines += [
+        f"the LAB rule changes {100 * (rgb != lab).mean():.1f} % of {len(rgb):,} labels; from RGB (row) to LAB (column):",
+        "",
+    ]
+    lines.append(" " * width + "".join(f"{name:>{width}}" for name in names))
+    lines += [f"{name:{width}}" + "".join(f"{count:>{width},}" for count in row) for name, row in zip(names, table)]
+    return "\n".join(lines)
 
-    Labels take turns, so a batch has equal shares as far as its size allows; each goes through permutations of its own
-    images, so none returns before all of its label were seen. The batch is then shuffled, or a process whose stride shares
-    a factor with the number of labels would always see the same few. labels: (N,), of the images to draw from.
+
+def worst_mismatches(paintings, rgb, lab, excess, rows=8, columns=8):
+    """Figure 4.2: for the most frequent changes of label, a row each, the images whose RGB label fits worst. The picture."""
+    moves = Counter(zip(rgb[rgb != lab].tolist(), lab[rgb != lab].tolist())).most_common(rows)
+    images, names = [], []
+    for (a, b), _ in moves:
+        which = np.flatnonzero((rgb == a) & (lab == b))
+        which = which[np.argsort(-excess[which], kind="stable")][:columns]
+        row = np.full((columns, *paintings.images.shape[1:]), 255, np.uint8)
+        row[: len(which)] = paintings.images[which]
+        images.append(row)
+        names.append(f"{paintings.classes[a]} > {paintings.classes[b]}")
+    return grid(thumbnails(np.concatenate(images)), columns, names)
+
+
+def contact_sheet(paintings, each=8, columns=8, side=96):
+    """Figure 4.4: `each` images of every label, evenly picked, in rows of `columns`. Returns the picture."""
+    images, names = [], []
+    for label, name in enumerate(paintings.classes):
+        rows = np.flatnonzero(paintings.labels == label)
+        rows = rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)]
+        lines = -(-each // columns)
+        row = np.full((lines * columns, side, side, 3), 255, np.uint8)
+        row[: len(rows)] = thumbnails(paintings.images[rows], side)
+        images.append(row)
+        names += [name] + [""] * (lines - 1)
+    return grid(np.concatenate(images), columns, names)
+
+
+def thumbnails(images, side=96):
+    return np.array([np.asarray(Image.fromarray(i).resize((side, side), Image.Resampling.LANCZOS)) for i in images]).reshape(
+        -1, side, side, 3
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.2.3  Pre-processing: crop, then resize, then [-1, 1]
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def to_tensor(images):
+    """4.2.3:  uint8 [0, 255] -> float [-1, 1],  x = u / 127.5 - 1.
+
+    images: (B, H, W, C) uint8 array or tensor. Returns (B, 3, H, W) float32. One grey channel becomes three equal ones, on
+    purpose: the letters model is to meet data of the same form as the paintings (4.2.1).
     """
-    present = np.unique(labels)
-    turn, label = np.divmod(np.arange(n * batch, (n + 1) * batch), len(present))
-    rows = np.empty(batch, np.int64)
-    for k, value in enumerate(present):
-        members = np.flatnonzero(labels == value)
-        rows[label == k] = members[endless(turn[label == k], len(members), seed, 4, k)]
-    return rows[torch.randperm(batch, generator=rng(seed, n, 6)).numpy()]
+    x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+
+
+def to_uint8(x):
+    """Inverse of `to_tensor`: (B, 3, H, W) in [-1, 1], clamped -> (B, H, W, 3) uint8 array; exact on what `to_tensor` gives."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def crop_and_resize(image, size):
+    """4.2.3:  centre-crop to a square, then resize (anti-aliased): the order that deforms nothing. Pillow image in and out."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    if (width, height) != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return image if side == size else image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -698,211 +985,51 @@ def read_npz(path, size):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4.2.2  Paintings: any folder of images -> a packed set with colour labels
-# ------------------------------------------------------------------------------------------------------------------
-
-MOST_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: above, Pillow takes a file for a decompression bomb, and so do we
-
-
-def pack_paintings(root, folder, size, space="rgb", palette=COLOURS, processes=None, replace=False):
-    """4.2.2, 4.2.3: decode, crop, resize, reject and label every image below `root`; write the packed set to `folder`, once.
-
-    files.csv in `folder` has every file's label, or why it was rejected. One bad file stops nothing; an interrupted call goes
-    on when it is repeated. The set counts as changed when a file is added to or removed from its folders, or SOURCES.csv is
-    edited. processes: None = one a core. Returns the set; raises UserError where there is nothing to pack.
-    """
-    if folder.is_relative_to(root):
-        raise UserError(f"--out {folder} lies within --data {root}, which is left as it is; name a folder outside of it")
-    tree = [(path, names) for path, _, names in walk(root)]
-    dates = [path for path, _ in tree] + [root / "SOURCES.csv"] * (root / "SOURCES.csv").exists()
-    dates = sorted([str(path.relative_to(root)), path.stat().st_mtime_ns] for path in dates)
-    state = {"size": size, "space": space, "palette": {name: list(rgb) for name, rgb in palette.items()}, "files": dates}
-
-    def pack_tree(folder, state):
-        files = sorted((path / name).relative_to(root) for path, names in tree for name in names)
-        if not files:
-            raise UserError(f"{root}: no images in it or below it (expected {', '.join(sorted(IMAGE_SUFFIXES))})")
-        tasks = [(root / file, label) for file, label in zip(files, folder_labels(root, files, palette))]
-        read = partial(read_painting, size=size, space=space, palette=palette)
-
-        def results(start):
-            return in_processes(read, tasks[start:], 256, processes)
-
-        pack(folder, state, list(palette), (size, size, 3), files, source_names(root, files), results)
-
-    pack_once(folder, state, pack_tree, replace)
-    return read_packed(folder, size)
-
-
-def walk(root):
-    """os.walk below `root` as (folder, folder names, names of images), past hidden and packed folders, through links.
-
-    A folder that links lead to twice, such as one that holds itself, counts once.
-    """
-    seen = set()
-    for path, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        inside = {folder.name for folder in subfolders(Path(path))}
-        folders[:] = [name for name in folders if name in inside]
-        yield Path(path), folders, [name for name in files if is_image(Path(name))]
-
-
-def folder_labels(root, files, palette):
-    """The labels of a labelled tree: numbers in the order of the palette, whatever the alphabet says (E40); else all None."""
-    numbers = {name.lower(): number for number, name in enumerate(palette)}
-    labels = [next((numbers[part.lower()] for part in file.parts[:-1] if part.lower() in numbers), None) for file in files]
-    if None in labels and len(set(labels)) > 2:
-        odd = files[labels.index(None)]
-        raise UserError(
-            f"{root}: folders are named after colours, but {odd} is in none of them; move it, or rename the folders"
-        )
-    return [None] * len(files) if None in labels else labels
-
-
-def source_names(root, files):
-    """What every file comes from: its `source` in SOURCES.csv, looked up by path or name; without a row, its own name.
-
-    So a painting that is in two folders under the same name, as WikiArt has them, is one source.
-    """
-    known, path = {}, root / "SOURCES.csv"
-    if path.exists():
-        try:
-            with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-                table = csv.DictReader(file)
-                if not {"file", "source"} <= set(table.fieldnames or ()):
-                    found = ", ".join(table.fieldnames or ()) or "nothing"
-                    raise UserError(f"{path}: expected the columns file and source, found {found}")
-                known = {row["file"]: row["source"] for row in table if row["source"]}
-        except csv.Error as error:
-            raise UserError(f"{path}: not a table that can be read ({error})") from error
-    return [known.get(file.as_posix(), known.get(file.name, file.stem)) for file in files]
-
-
-def read_painting(task, size, space="rgb", palette=COLOURS):
-    """One file as a uint8 array (size, size, 3) with its label, or (None, why it is rejected). task: (file, label or None)."""
-    file, label = task
-    try:
-        image = decode(file, size)
-    except UserError as error:
-        return None, str(error)
-    except Exception as error:  # damaged files raise whatever the decoder stumbles on; none may stop the job
-        return None, f"damaged: {error}"
-    if is_plain(image):
-        return None, "plain"
-    image = np.asarray(image)
-    return image, int(nearest_colour(mean_colour(image, space), space, palette)) if label is None else label
-
-
-def decode(file, size):
-    """The centre of an image file of any kind as an 8-bit RGB Pillow image, size x size. UserError: why it is rejected.
-
-    Cameras' rotation is applied, transparent pixels lie on white paper, 16-bit values are scaled. JPEGs far larger than
-    needed are decoded at an eighth to a half of their size.
-    """
-    if not file.is_file():  # opening a pipe would wait for ever
-        raise UserError("not a file: a pipe, a device or a link to nowhere")
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.simplefilter("ignore")  # large but not too large, odd metadata
-        try:
-            image = stack.enter_context(Image.open(file))
-        except Image.DecompressionBombError:
-            raise UserError(f"too large: more than {MOST_PIXELS:,} pixels") from None
-        except UnidentifiedImageError:
-            raise UserError("empty file" if file.stat().st_size == 0 else "not an image") from None
-        if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
-            raise UserError(f"animated: {image.n_frames} frames")
-        image.draft(None, (2 * size, 2 * size))
-        image = upright_8_bit(image)
-        if image.has_transparency_data:
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image.convert("RGBA"))
-        return crop_and_resize(image.convert("RGB"), size)
-
-
-def is_plain(image):
-    """4.2.2: "images that portray only one plain color". At 64 x 64, in LAB, with Delta-E 76:
-
-        standard deviation over all three axes < 5,   or   Delta-E to the median colour < 6 for more than 95 % of the pixels
-
-    Survives noise, vignettes, the texture of a canvas (first half) and a small signature (second half).
-    """
-    lab = rgb_to_lab(np.asarray(image.resize((64, 64), Image.Resampling.BOX))).reshape(-1, 3)
-    deviation = np.sqrt(lab.var(0).sum())
-    return bool(deviation < 5 or (np.linalg.norm(lab - np.median(lab, 0), axis=1) < 6).mean() > 0.95)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4.2.2  Figures 4.2 and 4.3: what the two rules make of a set
+# Which rows an update sees: functions of (seed, n), the same in every process
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def relabel(paintings, palette=COLOURS):
-    """4.2.2, the re-clustering: labels of every image by the RGB and by the LAB rule, and how wrong the RGB one is in LAB.
+def rng(*key):
+    """A CPU generator that is a function of `key`, whole numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
-    Returns (rgb, lab, excess), (N,) each; excess: how much farther in Delta-E the RGB label is than the LAB label.
+
+@lru_cache(maxsize=64)
+def permutation(n, *key):
+    return torch.randperm(n, generator=rng(*key)).numpy()
+
+
+def endless(position, size, seed, *key):
+    """The entries `position` of an endless chain of permutations of `size` rows, one an epoch."""
+    epoch, place = np.divmod(position, size)
+    rows = np.empty(len(position), np.int64)
+    for e in np.unique(epoch):
+        rows[epoch == e] = permutation(size, seed, int(e), *key)[place[epoch == e]]
+    return rows
+
+
+def rows_of_update(seed, n, batch, size):
+    """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of permutations, one an epoch.
+
+    With several processes, `batch` is that of all together and process r of R takes rows[r::R].
     """
-    means = {"rgb": [], "lab": []}
-    for i in tqdm(range(0, len(paintings.images), 32), "mean colours", unit="batch", disable=None):
-        for space, found in means.items():
-            found.append(mean_colour(paintings.images[i : i + 32], space))
-    rgb, lab = (nearest_colour(np.concatenate(means[space]), space, palette) for space in means)
-    distances = label_distances(np.concatenate(means["lab"]), "lab", palette)
-    rows = np.arange(len(rgb))
-    return rgb, lab, distances[rows, rgb] - distances[rows, lab]
+    return endless(np.arange(n * batch, (n + 1) * batch), size, seed, 1)
 
 
-def transition_report(rgb, lab, names):
-    """Both histograms, and how many images went from which RGB label (row) to which LAB label (column)."""
-    table = np.zeros((len(names), len(names)), int)
-    np.add.at(table, (rgb, lab), 1)
-    width = max(map(len, names)) + 2
-    lines = [f"{'':{width}}{'RGB':>14}{'LAB':>16}"]
-    for name, a, b in zip(names, table.sum(1), table.sum(0)):
-        lines.append(f"{name:{width}}{a:7,} {100 * a / len(rgb):5.1f} %{b:8,} {100 * b / len(rgb):5.1f} %")
-    lines += [
-        f"the LAB rule changes {100 * (rgb != lab).mean():.1f} % of {len(rgb):,} labels; from RGB (row) to LAB (column):",
-        "",
-    ]
-    lines.append(" " * width + "".join(f"{name:>{width}}" for name in names))
-    lines += [f"{name:{width}}" + "".join(f"{count:>{width},}" for count in row) for name, row in zip(names, table)]
-    return "\n".join(lines)
+def balanced_rows_of_update(seed, n, batch, labels):
+    """4.2.2, against the un-balancing: like `rows_of_update`, but every label is seen equally often, however rare it is.
 
-
-def worst_mismatches(paintings, rgb, lab, excess, rows=8, columns=8):
-    """Figure 4.2: for the most frequent changes of label, a row each, the images whose RGB label fits worst. The picture."""
-    moves = Counter(zip(rgb[rgb != lab].tolist(), lab[rgb != lab].tolist())).most_common(rows)
-    images, names = [], []
-    for (a, b), _ in moves:
-        which = np.flatnonzero((rgb == a) & (lab == b))
-        which = which[np.argsort(-excess[which], kind="stable")][:columns]
-        row = np.full((columns, *paintings.images.shape[1:]), 255, np.uint8)
-        row[: len(which)] = paintings.images[which]
-        images.append(row)
-        names.append(f"{paintings.classes[a]} > {paintings.classes[b]}")
-    return grid(thumbnails(np.concatenate(images)), columns, names)
-
-
-def contact_sheet(paintings, each=8, columns=8, side=96):
-    """Figure 4.4: `each` images of every label, evenly picked, in rows of `columns`. Returns the picture."""
-    images, names = [], []
-    for label, name in enumerate(paintings.classes):
-        rows = np.flatnonzero(paintings.labels == label)
-        rows = rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)]
-        lines = -(-each // columns)
-        row = np.full((lines * columns, side, side, 3), 255, np.uint8)
-        row[: len(rows)] = thumbnails(paintings.images[rows], side)
-        images.append(row)
-        names += [name] + [""] * (lines - 1)
-    return grid(np.concatenate(images), columns, names)
-
-
-def thumbnails(images, side=96):
-    return np.array([np.asarray(Image.fromarray(i).resize((side, side), Image.Resampling.LANCZOS)) for i in images]).reshape(
-        -1, side, side, 3
-    )
+    Labels take turns, so a batch has equal shares as far as its size allows; each goes through permutations of its own
+    images, so none returns before all of its label were seen. The batch is then shuffled, or a process whose stride shares
+    a factor with the number of labels would always see the same few. labels: (N,), of the images to draw from.
+    """
+    present = np.unique(labels)
+    turn, label = np.divmod(np.arange(n * batch, (n + 1) * batch), len(present))
+    rows = np.empty(batch, np.int64)
+    for k, value in enumerate(present):
+        members = np.flatnonzero(labels == value)
+        rows[label == k] = members[endless(turn[label == k], len(members), seed, 4, k)]
+    return rows[torch.randperm(batch, generator=rng(seed, n, 6)).numpy()]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1237,90 +1364,6 @@ def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", processes
 
 def _paint(task, size):
     return paint(*task, size)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4.2.1  Letters from fonts, in the layout of the Kaggle set
-# ------------------------------------------------------------------------------------------------------------------
-
-FONT_SUFFIXES = {".ttf", ".otf", ".ttc", ".otc", ".pfb"}
-
-
-def letters_from_fonts(fonts, out):
-    """Render A to Z of every font below `fonts` to `out`/A/<n>.png and so on; `out`/fonts.csv says which font is n.
-
-    White on black, 32 x 32, longer side 30 pixels, centred. Returns a Counter: reason -> fonts rejected for it, "" = kept.
-    """
-    fonts, out = Path(fonts), Path(out)
-    files = sorted(file for file in fonts.rglob("*") if file.suffix.lower() in FONT_SUFFIXES)
-    if not files:
-        raise UserError(f"{fonts}: no fonts in it or below it (expected {', '.join(sorted(FONT_SUFFIXES))})")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder; name another with --out")
-    first, reasons = {}, Counter()
-    with whole_file(out) as temporary:
-        for letter in ALPHABET:
-            (temporary / letter).mkdir(parents=True)
-        with (temporary / "fonts.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as csv_file:
-            table = csv.writer(csv_file)
-            table.writerow(("n", "file", "rejected"))
-            for file in tqdm(files, "rendering", unit="font", disable=None):
-                n = reasons[""]
-                try:
-                    letters = render_letters(file)
-                    same = first.setdefault(letters.tobytes(), file)
-                    if same != file:
-                        raise UserError(f"the same letters as another font: {same.relative_to(fonts)}")
-                except UserError as error:
-                    reasons[str(error).partition(":")[0]] += 1
-                    table.writerow(("", file.relative_to(fonts), error))
-                    continue
-                for letter, image in zip(ALPHABET, letters):
-                    Image.fromarray(image).save(temporary / letter / f"{n}.png")
-                table.writerow((n, file.relative_to(fonts), ""))
-                reasons[""] += 1
-        if not reasons[""]:
-            raise UserError(f"{fonts}: none of {len(files)} fonts has 26 letters: {dict(reasons)}")
-    return reasons
-
-
-def render_letters(file):
-    """The capitals of a font as (26, 32, 32) uint8. UserError: why they are no letters."""
-    try:
-        face = ImageFont.truetype(str(file), 96)
-        glyphs = [glyph(face, char) for char in [*ALPHABET, "\U0010fffe"]]  # the last is in no font: it shows .notdef
-    except (OSError, ValueError) as error:
-        raise UserError(f"not a font that can be drawn: {error}") from None
-    *glyphs, notdef = glyphs
-    if None in glyphs:
-        raise UserError(f"blank letters: {', '.join(char for char, g in zip(ALPHABET, glyphs) if g is None)}")
-    missing = [
-        char for char, g in zip(ALPHABET, glyphs) if notdef and g.size == notdef.size and g.tobytes() == notdef.tobytes()
-    ]
-    if missing:
-        raise UserError(f"missing letters, drawn as .notdef: {', '.join(missing)}")
-    letters = np.zeros((26, 32, 32), np.uint8)
-    for letter, g in zip(letters, glyphs):
-        scale = 30 / max(g.size)
-        width, height = (max(1, round(side * scale)) for side in g.size)
-        left, top = (32 - width) // 2, (32 - height) // 2
-        letter[top : top + height, left : left + width] = g.resize((width, height), Image.Resampling.LANCZOS)
-    known = {}
-    for char, letter in zip(ALPHABET, letters):
-        other = known.setdefault(letter.tobytes(), char)
-        if other != char:
-            raise UserError(f"identical letters: {other} and {char}")
-    return letters
-
-
-def glyph(face, char):
-    """A character as a grey Pillow image without margins, None if blank."""
-    left, top, right, bottom = face.getbbox(char)
-    if right <= left or bottom <= top:
-        return None
-    image = Image.new("L", (right - left, bottom - top))
-    ImageDraw.Draw(image).text((-left, -top), char, 255, face)
-    return image.crop(image.getbbox()) if image.getbbox() else None
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How near generated images come to real ones: sections 5.1, 5.4 and 6.2 of the thesis, figures 5.5 to 5.7.
+"""How near generated images come to real ones: sections 4.4.7, 5.1, 5.3.1, 5.4 and 6.2 of the thesis, figures 5.5 to 5.7.
 
     python fid.py --real DIR --fake DIR                              one set of images against another
     python fid.py --real DIR --fake ldm=DIR gan=DIR --per-label      figures 5.5, 5.6 and 5.7, two models side by side
@@ -7,6 +7,8 @@
 A set is a folder of images (flat, or one sub-folder a label), a packed set, or an .npz; images may have any size. Everything
 goes to --out: evaluation.json, the figures as PNG. "FID" is said only of Inception's features; they need its weights (see
 `inception_file`). Without them the same distances are taken over features that need no download, and named after those.
+
+First the metrics, in the order of the chapters; then what gives features, sets of images, and the comparison.
 """
 
 import argparse
@@ -39,10 +41,12 @@ from data import (
     PAPER,
     UserError,
     bars,
+    check_device,
     crop_and_resize,
     is_image,
     label_distances,
     load_image,
+    mean_colour,
     nearest_colour,
     open_image,
     open_letters,
@@ -52,6 +56,279 @@ from data import (
     subfolders,
     whole_file,
 )
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.7  What a first stage keeps of an image
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def psnr(x, x_r):
+    """Peak signal-to-noise ratio in decibel, 10 log10(2^2 / mean (x - x_r)^2) for images in [-1, 1], with x_r clamped. (B,)"""
+    return 10 * torch.log10(4 / (x - x_r.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
+
+
+def gradient_energy(x):
+    """Mean absolute difference of neighbouring pixels, of x clamped to [-1, 1]: blur lowers it (3.2.1). (B,)"""
+    x = x.clamp(-1, 1)
+    return x.diff(dim=-1).abs().mean((1, 2, 3)) + x.diff(dim=-2).abs().mean((1, 2, 3))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5.1.1  Frechet distance
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Statistics:
+    """5.1.1: number, mean and covariance of features that arrive in batches, in float64 and bounded memory.
+
+    Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. From then on all are folded
+    into `scatter`, the sum of (x - mean)(x - mean)^T, d x d, and nothing grows any more: at d = 2048 the rows and the matrix
+    take 32 MiB each.
+    """
+
+    def __init__(self):
+        self.count, self.rows, self.mean, self.scatter = 0, [], None, None
+
+    def add(self, x):
+        """x: (n, d)."""
+        x = x.detach().cpu().double()
+        if self.scatter is None:
+            self.rows.append(x)
+            self.count += len(x)
+            if self.count <= x.shape[1]:
+                return
+            self.count, self.mean, self.scatter = 0, torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1])
+            while len(self.rows) > 1:
+                self._fold(self.rows.pop(0))
+            x = self.rows.pop()
+        self._fold(x)
+
+    def merge(self, other):
+        """Add what another has seen."""
+        if other.scatter is None:
+            for x in other.rows:
+                self.add(x)
+            return
+        if self.scatter is None:
+            rows, self.rows, self.count = self.rows, [], other.count
+            self.mean, self.scatter = other.mean.clone(), other.scatter.clone()
+            for x in rows:
+                self.add(x)
+            return
+        self.scatter += other.scatter
+        self._combine(other.count, other.mean)
+
+    def _fold(self, x):
+        mean = x.mean(0)
+        self._combine(len(x), mean, x - mean)
+
+    def _combine(self, n, mean, centred=None):
+        """Two means become one; the scatter grows by the new rows' own and by the distance of the means."""
+        total = self.count + n
+        delta = mean - self.mean
+        if centred is not None:
+            self.scatter.addmm_(centred.T, centred)
+        self.scatter.addr_(delta, delta, alpha=self.count * n / total)
+        self.mean += delta * (n / total)
+        self.count = total
+
+    def moments(self):
+        """mean (d,); X (n, d) with covariance X^T X, or None; covariance C (d, d), or None: one of the two is given."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} image has no covariance")
+        if self.scatter is not None:
+            return self.mean, None, self.scatter / (self.count - 1)
+        x = torch.cat(self.rows)
+        mean = x.mean(0)
+        return mean, (x - mean) / math.sqrt(self.count - 1), None
+
+
+def full_rank_factor(x, cov):
+    """F (r, d) of full row rank r with F^T F = C; C is x^T x, or `cov` where x is None."""
+    if x is None:
+        L, failed = torch.linalg.cholesky_ex(cov)
+        diagonal = L.diagonal()
+        if not failed and diagonal.min() > 1e-7 * diagonal.max():
+            return L.T
+    values, vectors = torch.linalg.eigh(cov if x is None else x @ x.T)
+    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=1e-300)
+    vectors = vectors[:, kept]
+    return vectors.T @ x if x is not None else values[kept, None].sqrt() * vectors.T
+
+
+def frechet_distance(a, b):
+    """5.1.1 (no formula is printed, E61):  |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^{1/2}),  a, b: Statistics.
+
+    With C1 = F^T F, the matrix C1 C2 has the nonzero eigenvalues of F C2 F^T, which is symmetric and has the rank of C1: no
+    matrix square root is needed, no imaginary part can appear, and a set of 147 images asks for a 147 x 147 matrix.
+    The distance of a set from itself is 0 up to rounding; a negative result is rounding and returned as 0.
+    """
+    if b.count < a.count:
+        a, b = b, a
+    m1, x1, C1 = a.moments()
+    m2, x2, C2 = b.moments()
+    root = full_rank_factor(x1, C1)  # (r, d)
+    if x2 is None:
+        product = root @ C2 @ root.T
+    else:
+        product = root @ x2.T
+        product = product @ product.T
+    trace = sum(x.square().sum() if x is not None else C.trace() for x, C in ((x1, C1), (x2, C2)))
+    cross = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum() if len(root) else 0.0
+    return max(0.0, ((m1 - m2).square().sum() + trace - 2 * cross).item())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5.3.1  What a large guidance scale costs
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def variety(images):
+    """5.3.1, "the image variance": the mean distance of two images of a row, the root of the mean squared difference of their
+    values, 0 to 255. images: (K, N, H, W, 3) uint8, N > 1. Returns (K,)."""
+    flat = torch.from_numpy(images).flatten(2).double()
+    return np.array([(torch.pdist(row).mean() / row.shape[1] ** 0.5).item() for row in flat])
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 5.4.1  Colour
+# ------------------------------------------------------------------------------------------------------------------
+
+SPACES = ("rgb", "lab")
+COLOUR_ORDER = {name: i for i, name in enumerate(COLOURS)}
+COLOUR_METRICS = [f"{metric}_{space}" for space in SPACES for metric in ("pixels", "mean", "nearest")]
+
+
+def colour_distances(image, label):
+    """Figures 5.6 and 5.7 (E63) for one image, in RGB and in CIE-LAB.
+
+        pixels = mean over the pixels of |pixel - label colour|          fig. 5.6
+        mean   = |mean of the pixels - label colour| <= pixels           fig. 5.7
+        nearest = 1 if no other label colour is nearer to that mean, else 0
+
+    The two spaces have different units, black to white being 441.7 and 100: a smaller number in LAB means nothing (E64).
+    image: (H, W, 3) uint8; label: a name in COLOURS. Returns six numbers, in the order of COLOUR_METRICS.
+    """
+    own, numbers = {label: COLOURS[label]}, []
+    for space in SPACES:
+        pixels = rgb_to_lab(image) if space == "lab" else image
+        mean = pixels.mean((0, 1), dtype=np.float64)
+        nearest = list(COLOURS)[nearest_colour(mean, space)] == label
+        numbers += [label_distances(pixels, space, own).mean(), label_distances(mean, space, own).item(), nearest]
+    return np.array(numbers, np.float64)
+
+
+def mean_colour_distances(images, classes):
+    """5.4.1, figure 5.7: the distance |mean of the pixels - label colour| in RGB, its mean over each row of images.
+
+    images: (K or more, N, H, W, 3) uint8, one row a label. Returns (K,), or None where the labels are not those of table 4.1.
+    """
+    if list(classes) != list(COLOURS):
+        return None
+    labels = np.arange(len(classes))
+    return label_distances(mean_colour(images[labels]))[labels, :, labels].mean(1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 6.2  Metrics for small sets: kernel distance, precision and recall
+# ------------------------------------------------------------------------------------------------------------------
+
+
+CHUNK = 256  # rows of a kernel or distance matrix at a time
+
+
+def parts(x):
+    return (x[i : i + CHUNK].double() for i in range(0, len(x), CHUNK))
+
+
+def kernel(x, y):
+    """6.2: the kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def kernel_sums(x):
+    """sum_{j != i} k(x_i, x_j) for every i."""
+    all_x = x.double()
+    return torch.cat([kernel(part, all_x).sum(1) - (part.square().mean(1) + 1) ** 3 for part in parts(x)])
+
+
+def kernel_distance(x, y, x_sums=None, y_sums=None):
+    """6.2: squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
+
+        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+    Being unbiased, it can come out below 0. The standard error is the jackknife's: the spread of the values found with one
+    image left out, which the row sums of k give at once.
+    x: (m, d), y: (n, d); x_sums, y_sums: their `kernel_sums` where known. Returns (value, standard error), NaN for a value
+    from fewer than 2 images or an error from fewer than 3.
+    """
+    m, n = len(x), len(y)
+    if min(m, n) < 2:
+        return math.nan, math.nan
+    xx = kernel_sums(x) if x_sums is None else x_sums
+    yy = kernel_sums(y) if y_sums is None else y_sums
+    xy, yx, all_y = [], 0, y.double()  # sums over y for every x, and over x for every y
+    for part in parts(x):
+        k = kernel(part, all_y)
+        xy.append(k.sum(1))
+        yx = yx + k.sum(0)
+    xy = torch.cat(xy)
+
+    within_x, within_y = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1))
+    value = within_x + within_y - 2 * xy.sum() / (m * n)
+    if min(m, n) < 3:
+        return value.item(), math.nan
+    without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) + within_y - 2 * (xy.sum() - xy) / ((m - 1) * n)  # (m,)
+    without_y = (yy.sum() - 2 * yy) / ((n - 1) * (n - 2)) + within_x - 2 * (yx.sum() - yx) / ((n - 1) * m)  # (n,)
+    variance = sum((len(w) - 1) * w.var(correction=0) for w in (without_x, without_y))
+    return value.item(), variance.sqrt().item()
+
+
+def squared_distances(x, y):
+    """|x_i - y_j|^2, (m, n), from inner products; what is rounding error of an exact 0 is returned as 0."""
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)
+    distances = lengths - 2 * x @ y.T
+    return distances.where(distances > 1e-12 * lengths, 0.0)
+
+
+NEIGHBOURS = 3
+
+
+def squared_radii(x):
+    """The squared distance of every feature to its third nearest other one; the nearest of all is itself."""
+    all_x = x.double()
+    return torch.cat([squared_distances(part, all_x).kthvalue(NEIGHBOURS + 1).values for part in parts(x)])
+
+
+def precision_recall(real, fake, real_radii=None, fake_radii=None):
+    """6.2: improved precision and recall: is what was generated realistic, and is all that is real generated?
+
+    The support of a set is taken as the union of balls around its features, each reaching to the third nearest other feature.
+    precision = share of the fake features inside the support of the real ones, recall = the reverse.
+    real: (m, d), fake: (n, d); their `squared_radii` where known. Returns (precision, recall), NaN where a set has no more
+    than three images.
+    """
+    if min(len(real), len(fake)) <= NEIGHBOURS:
+        return math.nan, math.nan
+
+    def share_inside(points, centres, radii):
+        radii, centres = squared_radii(centres) if radii is None else radii, centres.double()
+        return sum((squared_distances(p, centres) <= radii).any(1).sum().item() for p in parts(points)) / len(points)
+
+    return share_inside(fake, real, real_radii), share_inside(real, fake, fake_radii)
+
+
+@torch.no_grad()
+def kernel_distance_of_images(images, real_features, features, batch=64):
+    """5.4.1 wishes to follow the distance during training: small samples will do where the distance is unbiased.
+
+    images: (B, H, W, 3) uint8 array or tensor, just generated; real_features: (m, d), `features` of real images, computed once;
+    features: a callable as above. Returns (value, standard error) of `kernel_distance`.
+    """
+    images = torch.as_tensor(images)
+    generated = torch.cat([features(part).cpu() for part in images.split(batch)])
+    return kernel_distance(generated, real_features)
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # 5.1.1  The Inception network of FID
@@ -349,240 +626,6 @@ def paintings_features(size=256):
 def offline_features(classes, size=256, device="cpu"):
     """6.2: the features that come along: those for letters where all classes are some of A to Z, else those for paintings."""
     return letters_features(device=device) if set(classes) <= set(ALPHABET) else paintings_features(size)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 5.1.1  Frechet distance
-# ------------------------------------------------------------------------------------------------------------------
-
-
-class Statistics:
-    """5.1.1: number, mean and covariance of features that arrive in batches, in float64 and bounded memory.
-
-    Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. From then on all are folded
-    into `scatter`, the sum of (x - mean)(x - mean)^T, d x d, and nothing grows any more: at d = 2048 the rows and the matrix
-    take 32 MiB each.
-    """
-
-    def __init__(self):
-        self.count, self.rows, self.mean, self.scatter = 0, [], None, None
-
-    def add(self, x):
-        """x: (n, d)."""
-        x = x.detach().cpu().double()
-        if self.scatter is None:
-            self.rows.append(x)
-            self.count += len(x)
-            if self.count <= x.shape[1]:
-                return
-            self.count, self.mean, self.scatter = 0, torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1])
-            while len(self.rows) > 1:
-                self._fold(self.rows.pop(0))
-            x = self.rows.pop()
-        self._fold(x)
-
-    def merge(self, other):
-        """Add what another has seen."""
-        if other.scatter is None:
-            for x in other.rows:
-                self.add(x)
-            return
-        if self.scatter is None:
-            rows, self.rows, self.count = self.rows, [], other.count
-            self.mean, self.scatter = other.mean.clone(), other.scatter.clone()
-            for x in rows:
-                self.add(x)
-            return
-        self.scatter += other.scatter
-        self._combine(other.count, other.mean)
-
-    def _fold(self, x):
-        mean = x.mean(0)
-        self._combine(len(x), mean, x - mean)
-
-    def _combine(self, n, mean, centred=None):
-        """Two means become one; the scatter grows by the new rows' own and by the distance of the means."""
-        total = self.count + n
-        delta = mean - self.mean
-        if centred is not None:
-            self.scatter.addmm_(centred.T, centred)
-        self.scatter.addr_(delta, delta, alpha=self.count * n / total)
-        self.mean += delta * (n / total)
-        self.count = total
-
-    def moments(self):
-        """mean (d,); X (n, d) with covariance X^T X, or None; covariance C (d, d), or None: one of the two is given."""
-        if self.count < 2:
-            raise ValueError(f"{self.count} image has no covariance")
-        if self.scatter is not None:
-            return self.mean, None, self.scatter / (self.count - 1)
-        x = torch.cat(self.rows)
-        mean = x.mean(0)
-        return mean, (x - mean) / math.sqrt(self.count - 1), None
-
-
-def full_rank_factor(x, cov):
-    """F (r, d) of full row rank r with F^T F = C; C is x^T x, or `cov` where x is None."""
-    if x is None:
-        L, failed = torch.linalg.cholesky_ex(cov)
-        diagonal = L.diagonal()
-        if not failed and diagonal.min() > 1e-7 * diagonal.max():
-            return L.T
-    values, vectors = torch.linalg.eigh(cov if x is None else x @ x.T)
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=1e-300)
-    vectors = vectors[:, kept]
-    return vectors.T @ x if x is not None else values[kept, None].sqrt() * vectors.T
-
-
-def frechet_distance(a, b):
-    """5.1.1 (no formula is printed, E61):  |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^{1/2}),  a, b: Statistics.
-
-    With C1 = F^T F, the matrix C1 C2 has the nonzero eigenvalues of F C2 F^T, which is symmetric and has the rank of C1: no
-    matrix square root is needed, no imaginary part can appear, and a set of 147 images asks for a 147 x 147 matrix.
-    The distance of a set from itself is 0 up to rounding; a negative result is rounding and returned as 0.
-    """
-    if b.count < a.count:
-        a, b = b, a
-    m1, x1, C1 = a.moments()
-    m2, x2, C2 = b.moments()
-    root = full_rank_factor(x1, C1)  # (r, d)
-    if x2 is None:
-        product = root @ C2 @ root.T
-    else:
-        product = root @ x2.T
-        product = product @ product.T
-    trace = sum(x.square().sum() if x is not None else C.trace() for x, C in ((x1, C1), (x2, C2)))
-    cross = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum() if len(root) else 0.0
-    return max(0.0, ((m1 - m2).square().sum() + trace - 2 * cross).item())
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 6.2  Metrics for small sets: kernel distance, precision and recall
-# ------------------------------------------------------------------------------------------------------------------
-
-
-CHUNK = 256  # rows of a kernel or distance matrix at a time
-
-
-def parts(x):
-    return (x[i : i + CHUNK].double() for i in range(0, len(x), CHUNK))
-
-
-def kernel(x, y):
-    """6.2: the kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
-
-
-def kernel_sums(x):
-    """sum_{j != i} k(x_i, x_j) for every i."""
-    all_x = x.double()
-    return torch.cat([kernel(part, all_x).sum(1) - (part.square().mean(1) + 1) ** 3 for part in parts(x)])
-
-
-def kernel_distance(x, y, x_sums=None, y_sums=None):
-    """6.2: squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
-
-        mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
-
-    Being unbiased, it can come out below 0. The standard error is the jackknife's: the spread of the values found with one
-    image left out, which the row sums of k give at once.
-    x: (m, d), y: (n, d); x_sums, y_sums: their `kernel_sums` where known. Returns (value, standard error), NaN for a value
-    from fewer than 2 images or an error from fewer than 3.
-    """
-    m, n = len(x), len(y)
-    if min(m, n) < 2:
-        return math.nan, math.nan
-    xx = kernel_sums(x) if x_sums is None else x_sums
-    yy = kernel_sums(y) if y_sums is None else y_sums
-    xy, yx, all_y = [], 0, y.double()  # sums over y for every x, and over x for every y
-    for part in parts(x):
-        k = kernel(part, all_y)
-        xy.append(k.sum(1))
-        yx = yx + k.sum(0)
-    xy = torch.cat(xy)
-
-    within_x, within_y = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1))
-    value = within_x + within_y - 2 * xy.sum() / (m * n)
-    if min(m, n) < 3:
-        return value.item(), math.nan
-    without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) + within_y - 2 * (xy.sum() - xy) / ((m - 1) * n)  # (m,)
-    without_y = (yy.sum() - 2 * yy) / ((n - 1) * (n - 2)) + within_x - 2 * (yx.sum() - yx) / ((n - 1) * m)  # (n,)
-    variance = sum((len(w) - 1) * w.var(correction=0) for w in (without_x, without_y))
-    return value.item(), variance.sqrt().item()
-
-
-def squared_distances(x, y):
-    """|x_i - y_j|^2, (m, n), from inner products; what is rounding error of an exact 0 is returned as 0."""
-    lengths = x.square().sum(1)[:, None] + y.square().sum(1)
-    distances = lengths - 2 * x @ y.T
-    return distances.where(distances > 1e-12 * lengths, 0.0)
-
-
-NEIGHBOURS = 3
-
-
-def squared_radii(x):
-    """The squared distance of every feature to its third nearest other one; the nearest of all is itself."""
-    all_x = x.double()
-    return torch.cat([squared_distances(part, all_x).kthvalue(NEIGHBOURS + 1).values for part in parts(x)])
-
-
-def precision_recall(real, fake, real_radii=None, fake_radii=None):
-    """6.2: improved precision and recall: is what was generated realistic, and is all that is real generated?
-
-    The support of a set is taken as the union of balls around its features, each reaching to the third nearest other feature.
-    precision = share of the fake features inside the support of the real ones, recall = the reverse.
-    real: (m, d), fake: (n, d); their `squared_radii` where known. Returns (precision, recall), NaN where a set has no more
-    than three images.
-    """
-    if min(len(real), len(fake)) <= NEIGHBOURS:
-        return math.nan, math.nan
-
-    def share_inside(points, centres, radii):
-        radii, centres = squared_radii(centres) if radii is None else radii, centres.double()
-        return sum((squared_distances(p, centres) <= radii).any(1).sum().item() for p in parts(points)) / len(points)
-
-    return share_inside(fake, real, real_radii), share_inside(real, fake, fake_radii)
-
-
-@torch.no_grad()
-def kernel_distance_of_images(images, real_features, features, batch=64):
-    """5.4.1 wishes to follow the distance during training: small samples will do where the distance is unbiased.
-
-    images: (B, H, W, 3) uint8 array or tensor, just generated; real_features: (m, d), `features` of real images, computed once;
-    features: a callable as above. Returns (value, standard error) of `kernel_distance`.
-    """
-    images = torch.as_tensor(images)
-    generated = torch.cat([features(part).cpu() for part in images.split(batch)])
-    return kernel_distance(generated, real_features)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 5.4.1  Colour
-# ------------------------------------------------------------------------------------------------------------------
-
-SPACES = ("rgb", "lab")
-COLOUR_ORDER = {name: i for i, name in enumerate(COLOURS)}
-COLOUR_METRICS = [f"{metric}_{space}" for space in SPACES for metric in ("pixels", "mean", "nearest")]
-
-
-def colour_distances(image, label):
-    """Figures 5.6 and 5.7 (E63) for one image, in RGB and in CIE-LAB.
-
-        pixels = mean over the pixels of |pixel - label colour|          fig. 5.6
-        mean   = |mean of the pixels - label colour| <= pixels           fig. 5.7
-        nearest = 1 if no other label colour is nearer to that mean, else 0
-
-    The two spaces have different units, black to white being 441.7 and 100: a smaller number in LAB means nothing (E64).
-    image: (H, W, 3) uint8; label: a name in COLOURS. Returns six numbers, in the order of COLOUR_METRICS.
-    """
-    own, numbers = {label: COLOURS[label]}, []
-    for space in SPACES:
-        pixels = rgb_to_lab(image) if space == "lab" else image
-        mean = pixels.mean((0, 1), dtype=np.float64)
-        nearest = list(COLOURS)[nearest_colour(mean, space)] == label
-        numbers += [label_distances(pixels, space, own).mean(), label_distances(mean, space, own).item(), nearest]
-    return np.array(numbers, np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -968,10 +1011,7 @@ def parse():
 def choose_features(args, classes):
     """The features that --features asks for; None for none."""
     device, name = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.features
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: not there on this machine") from None
+    check_device(device)
     if name in ("auto", "inception"):
         file = inception_file(args.inception, args.download)
         if file:

@@ -17,8 +17,6 @@ To other programs this file is two functions:  generate(load("runs/letters"), ["
 """
 
 import argparse
-import contextlib
-import ctypes
 import json
 import math
 import os
@@ -35,12 +33,11 @@ from tqdm import tqdm
 
 from data import (
     ASSETS,
-    COLOURS,
     UserError,
+    best_device,
+    check_device,
     grid,
-    label_distances,
     load_image,
-    mean_colour,
     npy_header,
     open_paintings,
     picture_name,
@@ -49,9 +46,11 @@ from data import (
     stacked,
     to_tensor,
     to_uint8,
+    tune,
     whole_file,
 )
 from ddpm import Diffusion, classifier_free_guidance, classifier_guided_eps, classifier_guided_mean
+from fid import mean_colour_distances, psnr, variety
 from ldm import fingerprint, load_model, space_of
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -383,28 +382,10 @@ def images_by_label(model, columns, seed=0, **how):
 
 def draw_rows(images, classes):
     """Figure 5.1's layout: one row a label, the zero-label last. Behind the name of a colour stands its distance."""
-    names, distances = [*classes, "none"], colour_distance(images, classes)
+    names, distances = [*classes, "none"], mean_colour_distances(images, classes)
     if distances is not None:
         names = [f"{name} {distance:.0f}" for name, distance in zip(names, distances)] + names[-1:]
     return grid(images.reshape(-1, *images.shape[2:]), images.shape[1], names)
-
-
-def colour_distance(images, classes):
-    """5.4.1, figure 5.7: the distance |mean of the pixels - label colour| in RGB, its mean over each row of images.
-
-    images: (K or more, N, H, W, 3) uint8, one row a label. Returns (K,), or None where the labels are not those of table 4.1.
-    """
-    if list(classes) != list(COLOURS):
-        return None
-    labels = np.arange(len(classes))
-    return label_distances(mean_colour(images[labels]))[labels, :, labels].mean(1)
-
-
-def variety(images):
-    """5.3.1, "the image variance": the mean distance of two images of a row, the root of the mean squared difference of their
-    values, 0 to 255. images: (K, N, H, W, 3) uint8, N > 1. Returns (K,)."""
-    flat = torch.from_numpy(images).flatten(2).double()
-    return np.array([(torch.pdist(row).mean() / row.shape[1] ** 0.5).item() for row in flat])
 
 
 def along_the_path(model, y, seeds, frames, steps=50, **how):
@@ -426,6 +407,47 @@ def denoising_strip(model, y, seeds, frames=12, **how):
     x_0 = np.stack([to_uint8(model.decode(x)) for _, _, x in chosen], axis=1)
     rows = np.stack([x_t, x_0], axis=1)  # (B, 2, frames, H, W, 3)
     return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=max(1, 64 // rows.shape[-2]))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.7  What a first stage keeps of an image
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reconstruct(model, originals, batch=8):
+    """decode(encode(x)) of images, (N, H, W, 3) uint8.
+
+    Returns the reconstructions, shaped alike, and their PSNR in decibel and L1 in [0, 1], (N,) each, of the 8-bit pictures.
+    """
+    device = next(model.parameters()).device
+    chunks = []
+    for i in tqdm(range(0, len(originals), batch), desc="reconstructing", unit="batch", disable=None):
+        chunks.append(to_uint8(model.decode(model.encode(to_tensor(originals[i : i + batch]).to(device)))))
+    rebuilt = np.concatenate(chunks)
+    x, x_r = to_tensor(originals), to_tensor(rebuilt)
+    return rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
+
+
+def validation_paintings(size):
+    """Names and images of one embedded painting of every colour that no model is trained on."""
+    paintings = open_paintings(size=size)
+    _, rows = paintings.split()
+    _, first = np.unique(paintings.labels[rows], return_index=True)
+    return paintings.classes, paintings.images[rows[first]]
+
+
+@torch.no_grad()
+def prior_rows(model, size, columns, seed=0):
+    """3.1: what a decoder makes of latents that no image gave. Two rows of `columns` images, uint8.
+
+    First z ~ N(0, I), for completeness: does any point mean something? Then a straight line from the first of them to the
+    second, for continuity: do near points look alike?
+    """
+    side = size // model.factor
+    z = ImageNoise(seed + np.arange(columns), (model.z_channels, side, side), next(model.parameters()).device)()
+    s = torch.linspace(0, 1, columns, device=z.device)[:, None, None, None]
+    return to_uint8(torch.cat([model.decode(z), model.decode((1 - s) * z[0] + s * z[1])]))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -575,58 +597,6 @@ def write_many(model, out, form, per_label, labels, seed, settings, how):
         raise
     store.finish()
     return todo
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4.4.7  What a first stage keeps of an image
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def psnr(x, x_r):
-    """Peak signal-to-noise ratio in decibel, 10 log10(2^2 / mean (x - x_r)^2) for images in [-1, 1], with x_r clamped. (B,)"""
-    return 10 * torch.log10(4 / (x - x_r.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
-
-
-def gradient_energy(x):
-    """Mean absolute difference of neighbouring pixels, of x clamped to [-1, 1]: blur lowers it (3.2.1). (B,)"""
-    x = x.clamp(-1, 1)
-    return x.diff(dim=-1).abs().mean((1, 2, 3)) + x.diff(dim=-2).abs().mean((1, 2, 3))
-
-
-@torch.no_grad()
-def reconstruct(model, originals, batch=8):
-    """decode(encode(x)) of images, (N, H, W, 3) uint8.
-
-    Returns the reconstructions, shaped alike, and their PSNR in decibel and L1 in [0, 1], (N,) each, of the 8-bit pictures.
-    """
-    device = next(model.parameters()).device
-    chunks = []
-    for i in tqdm(range(0, len(originals), batch), desc="reconstructing", unit="batch", disable=None):
-        chunks.append(to_uint8(model.decode(model.encode(to_tensor(originals[i : i + batch]).to(device)))))
-    rebuilt = np.concatenate(chunks)
-    x, x_r = to_tensor(originals), to_tensor(rebuilt)
-    return rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
-
-
-def validation_paintings(size):
-    """Names and images of one embedded painting of every colour that no model is trained on."""
-    paintings = open_paintings(size=size)
-    _, rows = paintings.split()
-    _, first = np.unique(paintings.labels[rows], return_index=True)
-    return paintings.classes, paintings.images[rows[first]]
-
-
-@torch.no_grad()
-def prior_rows(model, size, columns, seed=0):
-    """3.1: what a decoder makes of latents that no image gave. Two rows of `columns` images, uint8.
-
-    First z ~ N(0, I), for completeness: does any point mean something? Then a straight line from the first of them to the
-    second, for continuity: do near points look alike?
-    """
-    side = size // model.factor
-    z = ImageNoise(seed + np.arange(columns), (model.z_channels, side, side), next(model.parameters()).device)()
-    s = torch.linspace(0, 1, columns, device=z.device)[:, None, None, None]
-    return to_uint8(torch.cat([model.decode(z), model.decode((1 - s) * z[0] + s * z[1])]))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -924,52 +894,10 @@ def draw_scales(model, columns, seed, scales, **how):
     for scale, title in zip(scales, titles):
         images = images_by_label(model, columns, seed, **how | {"scale": scale})
         pictures.append(draw_rows(images, model.classes))
-        distances, labelled = colour_distance(images, model.classes), images[:-1]
+        distances, labelled = mean_colour_distances(images, model.classes), images[:-1]
         distance = "-" if distances is None else f"{distances.mean():.1f}"
         print(f"{title:10}  {distance:>15}  {variety(labelled).mean():7.1f}")
     return stacked([side_by_side(pictures[i : i + 2], titles[i : i + 2]) for i in range(0, len(pictures), 2)])
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Devices
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def best_device():
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def tune(device, keep_memory=True):
-    """Before the first network on a CPU: two defaults that cost the large model half its speed. Elsewhere it does nothing.
-
-    Matrix products go through oneDNN, as convolutions do: MKL, torch's default, has half the speed on AMD's processors. The
-    switch for it permits bfloat16, of which only processors with AMX make use; there it is put back, float32 stays float32.
-    glibc gives large blocks back to the system and gets them again, page by page, at every layer; with `keep_memory` it keeps
-    them. (Not under FSDP, which gathers blocks of many sizes for a moment: what is kept would be a third more memory.)
-    """
-    if torch.device(device).type != "cpu":
-        return
-    matmul, x = torch.backends.mkldnn.matmul, torch.linspace(-1, 2, 256 * 256, dtype=torch.float64).view(256, 256)
-    matmul.fp32_precision = "bf16"
-    if not torch.allclose((x.float() @ x.float()).double(), x @ x, rtol=1e-5, atol=1e-3):
-        matmul.fp32_precision = "ieee"
-    if not keep_memory:
-        return
-    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-
-
-def check_device(device):
-    """The device, if it is there."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: not there on this machine") from None
-    return device
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ from data import (
     UserError,
     balanced_rows_of_update,
     bars,
+    best_device,
     chart,
+    check_device,
     embedded_letters,
     grid,
     locked,
@@ -58,10 +60,11 @@ from data import (
     run_program,
     to_tensor,
     to_uint8,
+    tune,
     whole_file,
 )
 from ddpm import SCHEDULES, drop_labels
-from fid import kernel_distance_of_images, offline_features
+from fid import gradient_energy, kernel_distance_of_images, mean_colour_distances, offline_features, psnr
 from ldm import (
     build_classifier,
     build_first_stage,
@@ -78,18 +81,7 @@ from ldm import (
     what_makes,
     write_checkpoint,
 )
-from sample import (
-    best_device,
-    check_device,
-    colour_distance,
-    draw_rows,
-    generate,
-    gradient_energy,
-    images_by_label,
-    load,
-    psnr,
-    tune,
-)
+from sample import draw_rows, generate, images_by_label, load
 from unet import ResBlock, SpatialTransformer
 from vqgan import PatchDiscriminator, adaptive_weight, code_use, discriminator_loss, generator_loss
 
@@ -724,7 +716,7 @@ class DiffusionStage(Stage):
         steps = min(steps, self.settings.T)
         images = images_by_label(self.model, columns, steps=steps, scale=self.scale, progress=False)
         write_picture(draw_rows(images, self.classes), path)
-        distances = colour_distance(images, self.classes)
+        distances = mean_colour_distances(images, self.classes)
         return {} if distances is None else {"colour_distance": distances.mean().item()}
 
     def compare(self, steps=20):
@@ -880,17 +872,6 @@ def encoded(data, first_stage, flip, device, batch=16):
                     z = torch.stack([first_stage.encode(x) for x in (x, x.flip(-1))[: 1 + flip]], dim=1)
                     out.write(z.float().cpu().numpy().tobytes())
     return np.load(path, mmap_mode="r")
-
-
-def blocks_of(unet):
-    """The residual blocks and transformers: the units of activation checkpointing and of FSDP."""
-    return [module for module in unet.modules() if isinstance(module, ResBlock | SpatialTransformer)]
-
-
-def checkpoint_activations(unet):
-    """Keep only what goes into every block of the U-Net; what happens inside is computed again when the gradient needs it."""
-    for block in blocks_of(unet):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class ClassifierStage(Stage):
@@ -1127,6 +1108,7 @@ def frozen(network):
 
 
 STAGES = {"letters": LettersStage, "vqgan": AutoencoderStage, "ldm": LatentStage, "classifier": ClassifierStage}
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # Averaged weights, learning rate, log
@@ -1418,6 +1400,98 @@ def peak_memory(settings):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# 4.7  What fits on a small GPU
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def blocks_of(unet):
+    """The residual blocks and transformers: the units of activation checkpointing and of FSDP."""
+    return [module for module in unet.modules() if isinstance(module, ResBlock | SpatialTransformer)]
+
+
+def checkpoint_activations(unet):
+    """Keep only what goes into every block of the U-Net; what happens inside is computed again when the gradient needs it."""
+    for block in blocks_of(unet):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def memory_per_process(parameters, largest, frozen, strategy, processes=1, offload=False):
+    """What a process holds whatever the batch, in numbers of 4 bytes, by kind (E58, E59).
+
+    parameters: how many are trained; largest: of those the most in one unit of `shard`; frozen: those of the first stage.
+    FSDP holds a share of everything, and gathered two units, one at work and one coming, and one's whole gradient.
+    """
+    share = -(-parameters // processes) if strategy == "fsdp" else parameters
+    here = {"weights": share, "gradients": share, "moments": 2 * share, "average": share}
+    if offload:
+        here = dict.fromkeys(here, 0)
+    return here | {"gathered": 3 * largest if strategy == "fsdp" else 0, "first stage": frozen}
+
+
+def activation_bytes(model, batch):
+    """What the forward pass of a batch keeps for the gradient, in bytes: all of it, and with --checkpoint-activations, which
+    keeps what goes into every block and, one block at a time, what happens inside."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, inputs, inside = {}, {}, []
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    def enter(block, arguments):
+        inputs[arguments[0].data_ptr()] = arguments[0].nbytes
+        inside.append(-sum(kept.values()))
+
+    def leave(block, arguments, output):
+        inside[-1] += sum(kept.values())
+
+    hooks = [
+        hook for b in blocks_of(model.unet) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
+    ]
+    z, y = torch.randn(batch, *model.shape), torch.zeros(batch, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model.loss(z, y, torch.full_like(y, 500), torch.randn_like(z))
+    del loss  # only now: while it lived, all that it keeps did, and no memory was counted under two names
+    for hook in hooks:
+        hook.remove()
+    total = sum(kept.values())
+    return total, total - sum(inside) + sum(inputs.values()) + max(inside)
+
+
+def untrained_latent(size, settings):
+    """A latent model on the first stage of `size`, both with random weights; `settings` are those of the latent model."""
+    first_stage = SIZES[FirstStage][size] | {"beta": 0.25, "released": False, "kl_weight": 0.0}
+    more = {"first_stage_settings": first_stage, "size": settings.get("size") or first_stage["size"], "latent_scale": 1.0}
+    return build_latent({"attention_levels": None} | settings | more, list(COLOURS))
+
+
+def plan(typed):
+    """The table of `--plan`: what a process holds, and how many images it can compute at a time on GPUs of so many GB."""
+    gigabytes, s = typed.pop("plan"), Latent(**typed)
+    complete(s)
+    model = untrained_latent(s.model, asdict(s))
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.first_stage.parameters())
+    units = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model.unet)]
+    largest = max(*units, parameters - sum(units))
+    with torch.autocast("cpu", torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
+        (one, few), (two, less) = activation_bytes(model, 1), activation_bytes(model, 2)
+    image, small_image = two - one, less - few
+    print(f"{parameters:,} parameters to train, {frozen:,} in the first stage; {s.precision}; a process holds, in 10^9 bytes:")
+    cases = [("single", 1, False), ("ddp", 2, False), *(("fsdp", r, False) for r in (1, 2, 4, 8)), ("fsdp", 2, True)]
+    for strategy, processes, offload in cases:
+        held = memory_per_process(parameters, largest, frozen, strategy, processes, offload)
+        free = 0.92 * gigabytes * 1e9 - 4 * sum(held.values())  # 8 % for CUDA itself and what lies between the tensors
+        fit = max(0, int((free - (one - image)) / image))
+        more = max(0, int((free - (few - small_image)) / small_image))
+        print(f"{strategy}, {processes} processes" + ", --cpu-offload" * offload)
+        print("    " + ", ".join(f"{kind} {4 * count / 1e9:.2f}" for kind, count in held.items() if count))
+        print(f"    on {gigabytes:g} GB --batch {fit} fits, with --checkpoint-activations {more}")
+    print(f"an image adds {image / 1e9:.2f}, with --checkpoint-activations {small_image / 1e9:.2f}")
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 #
 # A folder checkpoint_<update> holds run.pt (settings and progress) and, in the format of torch.distributed.checkpoint, the
@@ -1572,87 +1646,6 @@ class Reader(dcp.FileSystemReader):
 class TensorsOnly(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item, value):
         raise pickle.UnpicklingError("it holds more than tensors")
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4.7  What fits on a small GPU
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def memory_per_process(parameters, largest, frozen, strategy, processes=1, offload=False):
-    """What a process holds whatever the batch, in numbers of 4 bytes, by kind (E58, E59).
-
-    parameters: how many are trained; largest: of those the most in one unit of `shard`; frozen: those of the first stage.
-    FSDP holds a share of everything, and gathered two units, one at work and one coming, and one's whole gradient.
-    """
-    share = -(-parameters // processes) if strategy == "fsdp" else parameters
-    here = {"weights": share, "gradients": share, "moments": 2 * share, "average": share}
-    if offload:
-        here = dict.fromkeys(here, 0)
-    return here | {"gathered": 3 * largest if strategy == "fsdp" else 0, "first stage": frozen}
-
-
-def activation_bytes(model, batch):
-    """What the forward pass of a batch keeps for the gradient, in bytes: all of it, and with --checkpoint-activations, which
-    keeps what goes into every block and, one block at a time, what happens inside."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept, inputs, inside = {}, {}, []
-
-    def keep(x):
-        if x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    def enter(block, arguments):
-        inputs[arguments[0].data_ptr()] = arguments[0].nbytes
-        inside.append(-sum(kept.values()))
-
-    def leave(block, arguments, output):
-        inside[-1] += sum(kept.values())
-
-    hooks = [
-        hook for b in blocks_of(model.unet) for hook in (b.register_forward_pre_hook(enter), b.register_forward_hook(leave))
-    ]
-    z, y = torch.randn(batch, *model.shape), torch.zeros(batch, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = model.loss(z, y, torch.full_like(y, 500), torch.randn_like(z))
-    del loss  # only now: while it lived, all that it keeps did, and no memory was counted under two names
-    for hook in hooks:
-        hook.remove()
-    total = sum(kept.values())
-    return total, total - sum(inside) + sum(inputs.values()) + max(inside)
-
-
-def untrained_latent(size, settings):
-    """A latent model on the first stage of `size`, both with random weights; `settings` are those of the latent model."""
-    first_stage = SIZES[FirstStage][size] | {"beta": 0.25, "released": False, "kl_weight": 0.0}
-    more = {"first_stage_settings": first_stage, "size": settings.get("size") or first_stage["size"], "latent_scale": 1.0}
-    return build_latent({"attention_levels": None} | settings | more, list(COLOURS))
-
-
-def plan(typed):
-    """The table of `--plan`: what a process holds, and how many images it can compute at a time on GPUs of so many GB."""
-    gigabytes, s = typed.pop("plan"), Latent(**typed)
-    complete(s)
-    model = untrained_latent(s.model, asdict(s))
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.first_stage.parameters())
-    units = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model.unet)]
-    largest = max(*units, parameters - sum(units))
-    with torch.autocast("cpu", torch.bfloat16, enabled=s.precision == "bf16", cache_enabled=False):
-        (one, few), (two, less) = activation_bytes(model, 1), activation_bytes(model, 2)
-    image, small_image = two - one, less - few
-    print(f"{parameters:,} parameters to train, {frozen:,} in the first stage; {s.precision}; a process holds, in 10^9 bytes:")
-    cases = [("single", 1, False), ("ddp", 2, False), *(("fsdp", r, False) for r in (1, 2, 4, 8)), ("fsdp", 2, True)]
-    for strategy, processes, offload in cases:
-        held = memory_per_process(parameters, largest, frozen, strategy, processes, offload)
-        free = 0.92 * gigabytes * 1e9 - 4 * sum(held.values())  # 8 % for CUDA itself and what lies between the tensors
-        fit = max(0, int((free - (one - image)) / image))
-        more = max(0, int((free - (few - small_image)) / small_image))
-        print(f"{strategy}, {processes} processes" + ", --cpu-offload" * offload)
-        print("    " + ", ".join(f"{kind} {4 * count / 1e9:.2f}" for kind, count in held.items() if count))
-        print(f"    on {gigabytes:g} GB --batch {fit} fits, with --checkpoint-activations {more}")
-    print(f"an image adds {image / 1e9:.2f}, with --checkpoint-activations {small_image / 1e9:.2f}")
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -25,28 +25,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4.3.2  Time: sinusoidal positional encoding
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def timestep_embedding(t, dim, max_period=10_000):
-    """Positional encoding, section 4.3.2 (corrected, E43-E45).
-
-        PE(t) = [cos(t w_0), ..., cos(t w_{h-1}), sin(t w_0), ..., sin(t w_{h-1})],  w_i = max_period^(-i/h),  h = dim/2
-
-    The thesis interleaves sin and cos (at swapped indices), its fig. 4.6 concatenates [sin | cos] and takes the exponential
-    of `half_dim` where `arange(half_dim)` is meant. All orders are permutations of one another; this one is the published
-    checkpoints', and so is the divisor h (fig. 4.6 has h - 1).
-
-    t: (B,) time steps, raw integers; dim: even. Returns (B, dim), float32 whatever the precision of the network.
-    """
-    half = dim // 2
-    w = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (h,)
-    angle = t.float()[:, None] * w[None, :]  # (B, h)
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, dim)
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # 3.5.5  Layers. All of them: forward(x, emb, context) -> x
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -110,50 +88,25 @@ def zero_init(layer):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4.4.5  Linear attention
+# 4.3.2  Time: sinusoidal positional encoding
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class LinearAttention(nn.Module):
-    """Linear attention of the thesis's reference [17], section 4.4.5 (E46), over the N = H W positions.
+def timestep_embedding(t, dim, max_period=10_000):
+    """Positional encoding, section 4.3.2 (corrected, E43-E45).
 
-        D(Q, K, V)_i = sum_j (1 + q_i . k_j) v_j / sum_j (1 + q_i . k_j),     q_i, k_j scaled to unit length
+        PE(t) = [cos(t w_0), ..., cos(t w_{h-1}), sin(t w_0), ..., sin(t w_{h-1})],  w_i = max_period^(-i/h),  h = dim/2
 
-    Softmax attention with exp(q . k) replaced by its first-order expansion 1 + q . k, which is an inner product of
-    phi(q) = (1, q) with phi(k): the sum over j can be done once for all i, in O(N) instead of O(N^2).
-    As in [17], q and k have an eighth of the channels. (Another module of the same name, with a softmax over q and one
-    over k, is common in diffusion code; it is not this one.)
+    The thesis interleaves sin and cos (at swapped indices), its fig. 4.6 concatenates [sin | cos] and takes the exponential
+    of `half_dim` where `arange(half_dim)` is meant. All orders are permutations of one another; this one is the published
+    checkpoints', and so is the divisor h (fig. 4.6 has h - 1).
+
+    t: (B,) time steps, raw integers; dim: even. Returns (B, dim), float32 whatever the precision of the network.
     """
-
-    def __init__(self, channels, groups=32):
-        super().__init__()
-        self.splits = [max(8, channels // 8)] * 2 + [channels]  # channels of q, k, v
-        self.norm = nn.GroupNorm(groups, channels)
-        self.qkv = nn.Conv2d(channels, sum(self.splits), 1, bias=False)
-        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x, emb=None, context=None):
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, -1)
-        h = linear_attention(*qkv.split(self.splits, dim=-1))  # (B, N, C)
-        return x + self.proj_out(h.reshape(B, H, W, C).permute(0, 3, 1, 2))
-
-
-def linear_attention(q, k, v):
-    """D(Q, K, V) of `LinearAttention` as  phi(q_i) (sum_j phi(k_j) v_j^T) / phi(q_i) . sum_j phi(k_j).
-
-    q, k: (..., N, d); v: (..., N, C). Returns (..., N, C).
-    """
-
-    def phi(x):  # (..., N, d) -> (..., 1 + d, N); d is small, so the long axis goes last
-        x = x.transpose(-1, -2).contiguous()
-        unit = x * (x.square().sum(-2, keepdim=True) + 1e-6).rsqrt()
-        return F.pad(unit, (0, 0, 1, 0), value=1.0)
-
-    q, k = phi(q), phi(k)
-    denominator = k.sum(-1, keepdim=True).transpose(-1, -2) @ q  # (..., 1, N), between 0 and 2 N
-    weight = q * denominator.reciprocal()
-    return weight.transpose(-1, -2) @ (k @ v)
+    half = dim // 2
+    w = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)  # (h,)
+    angle = t.float()[:, None] * w[None, :]  # (B, h)
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)  # (B, dim)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -248,6 +201,53 @@ class SpatialTransformer(nn.Module):
         for block in self.transformer_blocks:
             h = block(h, context)
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, (H, W)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.5  Linear attention
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class LinearAttention(nn.Module):
+    """Linear attention of the thesis's reference [17], section 4.4.5 (E46), over the N = H W positions.
+
+        D(Q, K, V)_i = sum_j (1 + q_i . k_j) v_j / sum_j (1 + q_i . k_j),     q_i, k_j scaled to unit length
+
+    Softmax attention with exp(q . k) replaced by its first-order expansion 1 + q . k, which is an inner product of
+    phi(q) = (1, q) with phi(k): the sum over j can be done once for all i, in O(N) instead of O(N^2).
+    As in [17], q and k have an eighth of the channels. (Another module of the same name, with a softmax over q and one
+    over k, is common in diffusion code; it is not this one.)
+    """
+
+    def __init__(self, channels, groups=32):
+        super().__init__()
+        self.splits = [max(8, channels // 8)] * 2 + [channels]  # channels of q, k, v
+        self.norm = nn.GroupNorm(groups, channels)
+        self.qkv = nn.Conv2d(channels, sum(self.splits), 1, bias=False)
+        self.proj_out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x, emb=None, context=None):
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(B, H * W, -1)
+        h = linear_attention(*qkv.split(self.splits, dim=-1))  # (B, N, C)
+        return x + self.proj_out(h.reshape(B, H, W, C).permute(0, 3, 1, 2))
+
+
+def linear_attention(q, k, v):
+    """D(Q, K, V) of `LinearAttention` as  phi(q_i) (sum_j phi(k_j) v_j^T) / phi(q_i) . sum_j phi(k_j).
+
+    q, k: (..., N, d); v: (..., N, C). Returns (..., N, C).
+    """
+
+    def phi(x):  # (..., N, d) -> (..., 1 + d, N); d is small, so the long axis goes last
+        x = x.transpose(-1, -2).contiguous()
+        unit = x * (x.square().sum(-2, keepdim=True) + 1e-6).rsqrt()
+        return F.pad(unit, (0, 0, 1, 0), value=1.0)
+
+    q, k = phi(q), phi(k)
+    denominator = k.sum(-1, keepdim=True).transpose(-1, -2) @ q  # (..., 1, N), between 0 and 2 N
+    weight = q * denominator.reciprocal()
+    return weight.transpose(-1, -2) @ (k @ v)
 
 
 # ------------------------------------------------------------------------------------------------------------------

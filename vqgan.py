@@ -2,10 +2,10 @@
 
     x --encoder--> z_e --bottleneck--> z --decoder--> x_r
 
-One encoder and one decoder (fig. 4.10) with one of three bottlenecks between them: none (AE, 3.1), a diagonal Gaussian
-(VAE, 3.2), or a code-book (VQ-VAE, 3.4). VQ-GAN (3.4.1) is the third, trained with a perceptual and an adversarial loss as
-well; these are the second half of this file. Attribute names are those of the published checkpoints, so such a state dict
-loads with `strict=True` and no table of names.
+One encoder and one decoder with one of three bottlenecks between them: none (AE, 3.1), a diagonal Gaussian (VAE, 3.2), or a
+code-book (VQ-VAE, 3.4). VQ-GAN (3.4.1) is the third, trained with a perceptual and an adversarial loss as well. First what
+chapter 3 is about, bottlenecks and losses; then the network of fig. 4.10 and the whole model, whose attribute names are those
+of the published checkpoints, so such a state dict loads with `strict=True` and no table of names.
 """
 
 import torch
@@ -14,170 +14,9 @@ from scipy.spatial import cKDTree
 from torch import nn
 
 # ------------------------------------------------------------------------------------------------------------------
-# Layers
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def norm(channels, groups):
-    return nn.GroupNorm(groups, channels, eps=1e-6)
-
-
-def initialise(network):
-    """Start weights: signals keep their size through a convolution, and every residual branch begins at zero."""
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-    for layer in network.modules():
-        if isinstance(layer, ResnetBlock):
-            nn.init.zeros_(layer.conv2.weight)
-        elif isinstance(layer, AttnBlock):
-            nn.init.zeros_(layer.proj_out.weight)
-
-
-class ResnetBlock(nn.Module):
-    """out = shortcut(x) + conv(silu(norm(conv(silu(norm x)))));  silu is the thesis's "Swish"."""
-
-    def __init__(self, in_channels, out_channels, groups):
-        super().__init__()
-        self.norm1 = norm(in_channels, groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = norm(out_channels, groups)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-
-
-class AttnBlock(nn.Module):
-    """The "non-local block" of fig. 4.10: softmax attention with one head over the H W positions."""
-
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.norm = norm(channels, groups)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, H W, C)
-        h = F.scaled_dot_product_attention(q, k, v)  # scale C^(-1/2)
-        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2); padded at the right and the bottom only
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, 2H, 2W)
-
-
-class Level(nn.Module):
-    """The blocks at one resolution, each with attention behind it where `attends`."""
-
-    def __init__(self, in_channels, out_channels, blocks, attends, groups):
-        super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(c, out_channels, groups) for c in widths[:-1])
-        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) if attends else nn.Identity() for _ in range(blocks))
-
-    def forward(self, h):
-        for block, attn in zip(self.block, self.attn):
-            h = attn(block(h))
-        return h
-
-
-class Middle(nn.Module):
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, h):
-        return self.block_2(self.attn_1(self.block_1(h)))
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Encoder and decoder (fig. 4.10)
-# ------------------------------------------------------------------------------------------------------------------
-
-
-class Encoder(nn.Module):
-    """Image -> latent: (B, 3, H, W) -> (B, z_channels, H/f, W/f),  f = 2^(levels - 1).
-
-    channels: width of the first level; multipliers: width of every level as a multiple of it; blocks: residual blocks a level;
-    attention_levels: levels with attention behind every block (the lowest resolution has one more in the middle anyway).
-    """
-
-    def __init__(self, channels, multipliers, blocks, attention_levels, z_channels, groups):
-        super().__init__()
-        widths = [channels * m for m in (1, *multipliers)]
-        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
-        self.down = nn.ModuleList()
-        for i in range(len(multipliers)):
-            level = Level(widths[i], widths[i + 1], blocks, i in attention_levels, groups)
-            if i < len(multipliers) - 1:
-                level.downsample = Downsample(widths[i + 1])
-            self.down.append(level)
-        self.mid = Middle(widths[-1], groups)
-        self.norm_out = norm(widths[-1], groups)
-        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
-
-    def forward(self, x):
-        h = self.conv_in(x)  # (B, channels, H, W)
-        for level in self.down[:-1]:
-            h = level.downsample(level(h))
-        h = self.mid(self.down[-1](h))  # (B, C, H/f, W/f)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
-class Decoder(nn.Module):
-    """Latent -> image, the mirror of `Encoder` with one block a level more. No clamp at the end: values may leave [-1, 1]."""
-
-    def __init__(self, channels, multipliers, blocks, attention_levels, z_channels, groups):
-        super().__init__()
-        widths = [channels * m for m in (*multipliers, multipliers[-1])]
-        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups)
-        self.up = nn.ModuleList()  # index 0 is the full resolution, as in the encoder
-        for i in range(len(multipliers)):
-            level = Level(widths[i + 1], widths[i], blocks + 1, i in attention_levels, groups)
-            if i > 0:
-                level.upsample = Upsample(widths[i])
-            self.up.append(level)
-        self.norm_out = norm(widths[0], groups)
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))  # (B, C, H/f, W/f)
-        for level in reversed(self.up[1:]):
-            h = level.upsample(level(h))
-        h = self.up[0](h)  # (B, channels, H, W)
-        return self.conv_out(F.silu(self.norm_out(h)))
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# The three bottlenecks of chapter 3
+# 3.1, 3.2, 3.4  The three bottlenecks
 #
-#   forward(h, noise) -> z, loss, codes     what the decoder gets in training, the latent loss, the codes used or None
+#   forward(h, noise) -> z, loss, codes     h from the encoder, z to the decoder in training, latent loss, codes used or None
 #   latent(h)                               what `encode` returns
 #   project(z)                              what `decode` makes of a latent before decoding it
 #   widen                                   channels of the encoder's output for one channel of z
@@ -308,58 +147,6 @@ def code_use(counts):
     counts = counts.cpu()
     p = counts.double() / counts.sum().clamp(min=1)
     return int((counts > 0).sum()), torch.exp(torch.special.entr(p).sum()).item()
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4.4.7  The model
-# ------------------------------------------------------------------------------------------------------------------
-
-
-class VQGAN(nn.Module):
-    """Encoder, bottleneck and decoder. The defaults are the published f = 8 model: 256 x 256 x 3 -> 32 x 32 x 4, 16384 codes.
-
-    bottleneck: `NoBottleneck()`, `GaussianBottleneck()` or a `Codebook` of dimension `z_channels`, which is the default.
-    groups: of every GroupNorm.
-    """
-
-    def __init__(
-        self,
-        channels=128,
-        multipliers=(1, 2, 2, 4),
-        blocks=2,
-        attention_levels=(3,),
-        z_channels=4,
-        bottleneck=None,
-        groups=32,
-    ):
-        super().__init__()
-        self.quantize = bottleneck or Codebook(16384, z_channels)  # the published name, whatever the bottleneck
-        wide = z_channels * self.quantize.widen
-        self.z_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
-        self.encoder = Encoder(channels, multipliers, blocks, attention_levels, wide, groups)
-        self.decoder = Decoder(channels, multipliers, blocks, attention_levels, z_channels, groups)
-        self.quant_conv = nn.Conv2d(wide, wide, 1)
-        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
-        initialise(self)
-
-    def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1], H and W divisible by f -> the latent z (B, z_channels, H/f, W/f).
-
-        With a code-book this is z_e, before quantisation; of a Gaussian it is the mean.
-        """
-        return self.quantize.latent(self._encode(x))
-
-    def decode(self, z):
-        """A latent (B, z_channels, h, w) -> image (B, 3, f h, f w). With a code-book, z is quantised first (E54)."""
-        return self.decoder(self.post_quant_conv(self.quantize.project(z)))
-
-    def forward(self, x, noise=None):
-        """Returns x_r (B, 3, H, W), the latent loss of the bottleneck, and the codes used, (B, H/f, W/f) or None."""
-        z, loss, codes = self.quantize(self._encode(x), noise)
-        return self.decoder(self.post_quant_conv(z)).to(x.dtype), loss, codes
-
-    def _encode(self, x):
-        return self.quant_conv(self.encoder(x)).to(x.dtype)  # distances and losses in full precision under autocast too
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -508,3 +295,216 @@ def adaptive_weight(rec_loss, g_loss, last_layer, average=lambda gradient: gradi
     """
     grad_rec, grad_g = (average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) for loss in (rec_loss, g_loss))
     return (grad_rec.norm() / (grad_g.norm() + delta)).clamp(0, 1e4).detach()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.7  Layers (fig. 4.10)
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def norm(channels, groups):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def initialise(network):
+    """Start weights: signals keep their size through a convolution, and every residual branch begins at zero."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for layer in network.modules():
+        if isinstance(layer, ResnetBlock):
+            nn.init.zeros_(layer.conv2.weight)
+        elif isinstance(layer, AttnBlock):
+            nn.init.zeros_(layer.proj_out.weight)
+
+
+class ResnetBlock(nn.Module):
+    """out = shortcut(x) + conv(silu(norm(conv(silu(norm x)))));  silu is the thesis's "Swish"."""
+
+    def __init__(self, in_channels, out_channels, groups):
+        super().__init__()
+        self.norm1 = norm(in_channels, groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = norm(out_channels, groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """The "non-local block" of fig. 4.10: softmax attention with one head over the H W positions."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = norm(channels, groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, H W, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # scale C^(-1/2)
+        return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2); padded at the right and the bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+class Level(nn.Module):
+    """The blocks at one resolution, each with attention behind it where `attends`."""
+
+    def __init__(self, in_channels, out_channels, blocks, attends, groups):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * blocks
+        self.block = nn.ModuleList(ResnetBlock(c, out_channels, groups) for c in widths[:-1])
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) if attends else nn.Identity() for _ in range(blocks))
+
+    def forward(self, h):
+        for block, attn in zip(self.block, self.attn):
+            h = attn(block(h))
+        return h
+
+
+class Middle(nn.Module):
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, groups)
+        self.attn_1 = AttnBlock(channels, groups)
+        self.block_2 = ResnetBlock(channels, channels, groups)
+
+    def forward(self, h):
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.7  Encoder and decoder (fig. 4.10)
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Image -> latent: (B, 3, H, W) -> (B, z_channels, H/f, W/f),  f = 2^(levels - 1).
+
+    channels: width of the first level; multipliers: width of every level as a multiple of it; blocks: residual blocks a level;
+    attention_levels: levels with attention behind every block (the lowest resolution has one more in the middle anyway).
+    """
+
+    def __init__(self, channels, multipliers, blocks, attention_levels, z_channels, groups):
+        super().__init__()
+        widths = [channels * m for m in (1, *multipliers)]
+        self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i in range(len(multipliers)):
+            level = Level(widths[i], widths[i + 1], blocks, i in attention_levels, groups)
+            if i < len(multipliers) - 1:
+                level.downsample = Downsample(widths[i + 1])
+            self.down.append(level)
+        self.mid = Middle(widths[-1], groups)
+        self.norm_out = norm(widths[-1], groups)
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)  # (B, channels, H, W)
+        for level in self.down[:-1]:
+            h = level.downsample(level(h))
+        h = self.mid(self.down[-1](h))  # (B, C, H/f, W/f)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latent -> image, the mirror of `Encoder` with one block a level more. No clamp at the end: values may leave [-1, 1]."""
+
+    def __init__(self, channels, multipliers, blocks, attention_levels, z_channels, groups):
+        super().__init__()
+        widths = [channels * m for m in (*multipliers, multipliers[-1])]
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1], groups)
+        self.up = nn.ModuleList()  # index 0 is the full resolution, as in the encoder
+        for i in range(len(multipliers)):
+            level = Level(widths[i + 1], widths[i], blocks + 1, i in attention_levels, groups)
+            if i > 0:
+                level.upsample = Upsample(widths[i])
+            self.up.append(level)
+        self.norm_out = norm(widths[0], groups)
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))  # (B, C, H/f, W/f)
+        for level in reversed(self.up[1:]):
+            h = level.upsample(level(h))
+        h = self.up[0](h)  # (B, channels, H, W)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# 4.4.7  The model
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class VQGAN(nn.Module):
+    """Encoder, bottleneck and decoder. The defaults are the published f = 8 model: 256 x 256 x 3 -> 32 x 32 x 4, 16384 codes.
+
+    bottleneck: `NoBottleneck()`, `GaussianBottleneck()` or a `Codebook` of dimension `z_channels`, which is the default.
+    groups: of every GroupNorm.
+    """
+
+    def __init__(
+        self,
+        channels=128,
+        multipliers=(1, 2, 2, 4),
+        blocks=2,
+        attention_levels=(3,),
+        z_channels=4,
+        bottleneck=None,
+        groups=32,
+    ):
+        super().__init__()
+        self.quantize = bottleneck or Codebook(16384, z_channels)  # the published name, whatever the bottleneck
+        wide = z_channels * self.quantize.widen
+        self.z_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
+        self.encoder = Encoder(channels, multipliers, blocks, attention_levels, wide, groups)
+        self.decoder = Decoder(channels, multipliers, blocks, attention_levels, z_channels, groups)
+        self.quant_conv = nn.Conv2d(wide, wide, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        initialise(self)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1], H and W divisible by f -> the latent z (B, z_channels, H/f, W/f).
+
+        With a code-book this is z_e, before quantisation; of a Gaussian it is the mean.
+        """
+        return self.quantize.latent(self._encode(x))
+
+    def decode(self, z):
+        """A latent (B, z_channels, h, w) -> image (B, 3, f h, f w). With a code-book, z is quantised first (E54)."""
+        return self.decoder(self.post_quant_conv(self.quantize.project(z)))
+
+    def forward(self, x, noise=None):
+        """Returns x_r (B, 3, H, W), the latent loss of the bottleneck, and the codes used, (B, H/f, W/f) or None."""
+        z, loss, codes = self.quantize(self._encode(x), noise)
+        return self.decoder(self.post_quant_conv(z)).to(x.dtype), loss, codes
+
+    def _encode(self, x):
+        return self.quant_conv(self.encoder(x)).to(x.dtype)  # distances and losses in full precision under autocast too

@@ -49,6 +49,7 @@ from data import (
     side_by_side,
     stacked,
     to_tensor,
+    tune,
 )
 from ddpm import Diffusion, linear_schedule
 from fid import (
@@ -61,9 +62,10 @@ from fid import (
     letters_features,
     measure,
     paintings_features,
+    variety,
 )
 from ldm import PixelDiffusion
-from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps, tune, variety
+from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps
 from train import EMA, SIZES, Latent, Letters, checkpoint_activations, resident_peak, untrained_latent
 from unet import latent_unet, letters_unet
 from vqgan import VQGAN, nearest_code

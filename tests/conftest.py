@@ -18,7 +18,7 @@ from ldm import build_letters, save_model
 
 TINY = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "schedule": "linear", "T": 1000, "p_uncond": 0.2, "predict": "v"}
 TINY["data"] = None
-sample.tune("cpu")  # as the programs do, so that no result depends on which test was the first to run one
+data.tune("cpu")  # as the programs do, so that no result depends on which test was the first to run one
 PROGRAMS = {"sample": sample.main, "train": train.main, "data": data.main, "fid": fid.main}
 
 

@@ -290,3 +290,18 @@ def test_fig_5_8_chosen_images_in_rows(tmp_path, run, refused):
     (tmp_path / "empty").mkdir()
     assert "no images" in refused("data", "rows", f"LDM={tmp_path / 'empty'}")
     assert "not the name of a picture" in refused("data", "rows", *rows, "--out", tmp_path / "figure")
+
+
+def test_tuning_for_a_cpu_keeps_float32_products_in_float32_and_leaves_other_devices_alone():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        data.tune("cuda")
+        assert matmul.fp32_precision == "ieee"
+        data.tune("cpu")
+        x = torch.randn((300, 500), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        error = ((x.float() @ x.float().T).double() - x @ x.T).abs().max()  # bfloat16 would miss by about 0.3
+        assert error < 1e-3
+    finally:
+        matmul.fp32_precision = before

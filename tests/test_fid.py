@@ -1,5 +1,5 @@
-"""Sections 5.1, 5.4 and 6.2: the distances against closed forms and scipy, the Inception network against published values,
-the colour metrics, every kind of set, and the command line."""
+"""Sections 4.4.7, 5.1, 5.3.1, 5.4 and 6.2: the metrics against closed forms and scipy, the Inception network against published
+values, every kind of set, and the command line."""
 
 import hashlib
 import json
@@ -24,14 +24,18 @@ from fid import (
     Statistics,
     colour_distances,
     frechet_distance,
+    gradient_energy,
     kernel_distance,
     kernel_distance_of_images,
     letters_features,
     load_inception,
+    mean_colour_distances,
     measure,
     open_source,
     paintings_features,
     precision_recall,
+    psnr,
+    variety,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -58,6 +62,27 @@ def with_moments(mean, cov, n, seed=0):
     x = x - x.mean(0)
     x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
     return x @ torch.linalg.cholesky(cov).T + mean
+
+
+# ---------------------------------------------------------------------------------------------------- reconstructions, variety
+
+
+def test_psnr():
+    x = torch.zeros(2, 3, 4, 4)
+    assert psnr(x, x + torch.tensor([0.2, 2.0])[:, None, None, None]).tolist() == pytest.approx([20.0, 10 * np.log10(4)])
+
+
+def test_gradient_energy_is_of_neighbours_and_falls_with_blur():
+    ramp = (torch.arange(8.0) / 8).expand(1, 3, 8, 8)
+    assert gradient_energy(ramp).item() == pytest.approx(1 / 8)
+    x = torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert gradient_energy(torch.nn.functional.avg_pool2d(x, 3, 1, 1)) < 0.5 * gradient_energy(x)
+
+
+def test_variety_is_the_mean_distance_of_two_images():
+    images = np.zeros((2, 3, 4, 4, 3), np.uint8)
+    images[1, 0] = 30
+    assert variety(images).tolist() == pytest.approx([0, 20])
 
 
 # ---------------------------------------------------------------------------------------------------- Frechet distance
@@ -357,6 +382,13 @@ def test_the_mean_colour_is_never_farther_than_the_pixels(label):
     for image in images:
         found = dict(zip(COLOUR_METRICS, colour_distances(image, label)))
         assert all(found[f"mean_{space}"] <= found[f"pixels_{space}"] + 1e-9 for space in ("rgb", "lab"))
+
+
+def test_figure_5_7_colour_distance_is_that_of_the_evaluation():
+    images = np.random.default_rng(0).integers(0, 256, (9, 3, 8, 8, 3), np.uint8)
+    expected = [np.mean([colour_distances(x, name)[1] for x in row]) for name, row in zip(list(COLOURS), images)]
+    np.testing.assert_allclose(mean_colour_distances(images, list(COLOURS)), expected)
+    assert mean_colour_distances(images, ["A", "B"]) is None
 
 
 # ---------------------------------------------------------------------------------------------------- sets

@@ -13,8 +13,8 @@ ROOMS = {
     "unet": set(),
     "vqgan": set(),
     "ldm": {"data", "ddpm", "unet", "vqgan"},
-    "fid": {"data", "unet"},
-    "sample": {"data", "ddpm", "ldm"},
+    "fid": {"data"},
+    "sample": {"data", "ddpm", "fid", "ldm"},
     "train": {"data", "ddpm", "fid", "ldm", "sample", "unet", "vqgan"},
 }
 PACKAGES = {"torch", "numpy", "PIL", "tqdm", "scipy"}

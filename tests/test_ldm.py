@@ -14,9 +14,9 @@ from PIL import Image
 import train
 from data import COLOURS, UserError, open_paintings, to_tensor
 from ddpm import SCHEDULES, drop_labels
-from fid import colour_distances
+from fid import mean_colour_distances, variety
 from ldm import LatentDiffusion, build_first_stage, build_latent, load_model, save_model
-from sample import colour_distance, denoise, generate, images_by_label, variety
+from sample import denoise, generate, images_by_label
 from train import (
     EMA,
     SIZES,
@@ -521,19 +521,6 @@ def test_fine_tuning_keeps_all_but_a_label_table_of_another_size(
 # ---------------------------------------------------------------------------------------------------- sample.py
 
 
-def test_figure_5_7_colour_distance_is_that_of_the_evaluation():
-    images = np.random.default_rng(0).integers(0, 256, (9, 3, 8, 8, 3), np.uint8)
-    expected = [np.mean([colour_distances(x, name)[1] for x in row]) for name, row in zip(COLOUR_NAMES, images)]
-    np.testing.assert_allclose(colour_distance(images, COLOUR_NAMES), expected)
-    assert colour_distance(images, ["A", "B"]) is None
-
-
-def test_variety_is_the_mean_distance_of_two_images():
-    images = np.zeros((2, 3, 4, 4, 3), np.uint8)
-    images[1, 0] = 30
-    assert variety(images).tolist() == pytest.approx([0, 20])
-
-
 def test_published_models_and_ours_draw_at_other_sizes(run, refused, cin, undisturbed, tmp_path):
     out = tmp_path / "a.png"
     common = ("--n", 1, "--steps", 2, "--out", out)
@@ -553,7 +540,7 @@ def test_5_3_1_scales_side_by_side(run, refused, undisturbed, tmp_path):
     lines = text.splitlines()
     model = load_model(undisturbed)
     images = images_by_label(model, 3, steps=2, scale=5.0, progress=False)
-    distance, spread = colour_distance(images, COLOUR_NAMES).mean(), variety(images[:-1]).mean()
+    distance, spread = mean_colour_distances(images, COLOUR_NAMES).mean(), variety(images[:-1]).mean()
     assert lines[2].split() == ["scale", "5", f"{distance:.1f}", f"{spread:.1f}"]
     assert Image.open(out).size[1] == 9 * 18 + 2 + 24
     assert "needs --n 2 or more" in refused("sample", *common, "--scales", 1, "--n", 1)

@@ -18,7 +18,7 @@ import sample
 import train
 from data import COLOURS, UserError, load_image, paint_set, to_tensor
 from ldm import load_model, load_perceptual, perceptual_from, save_model
-from sample import gradient_energy, psnr, reconstruct
+from sample import reconstruct
 from train import AutoencoderStage, FirstStage, complete
 from vqgan import (
     VGG16,
@@ -691,18 +691,6 @@ def first_stage(tmp_path):
     model = ldm.build_first_stage(settings)
     save_model(tmp_path / "first.pt", "vqgan", settings, [], 0, {"ema": model.state_dict(), "raw": model.state_dict()})
     return tmp_path / "first.pt"
-
-
-def test_psnr():
-    x = torch.zeros(2, 3, 4, 4)
-    assert psnr(x, x + torch.tensor([0.2, 2.0])[:, None, None, None]).tolist() == pytest.approx([20.0, 10 * np.log10(4)])
-
-
-def test_gradient_energy_is_of_neighbours_and_falls_with_blur():
-    ramp = (torch.arange(8.0) / 8).expand(1, 3, 8, 8)
-    assert gradient_energy(ramp).item() == pytest.approx(1 / 8)
-    x = images(1, 32)
-    assert gradient_energy(F.avg_pool2d(x, 3, 1, 1)) < 0.5 * gradient_energy(x)
 
 
 def test_reconstruct_files(run, refused, first_stage, folder, tmp_path):
