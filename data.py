@@ -150,7 +150,7 @@ def check_device(device):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Sets of images with labels
+# 4.2  Sets of images with labels
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -1465,16 +1465,17 @@ def chart(lines, title, x_label, y_label, size=(900, 460)):
 def bars(rows, value, title, error=None, size=(900, 330)):
     """Figures 4.3 and 5.5 to 5.7: a bar chart, a group of bars a label and a bar a set.
 
-    rows: dicts with label, set and numbers under the names `value` and `error`, if there is one.
+    rows: dicts with label, set and numbers under the names `value` and `error`, if there is one. A value that is NaN has no
+    bar, an error that is NaN no line.
     """
     s = 2  # as in `chart`
-    rows = [row for row in rows if np.isfinite(row[value])]
+    rows = [row | {"reach": np.nan_to_num(row[error]) if error else 0.0} for row in rows if np.isfinite(row[value])]
     labels, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "set"))
     picture = Image.new("RGB", (size[0] * s, size[1] * s), PAPER)
     draw = ImageDraw.Draw(picture)
     left, right, top, bottom = 70 * s, size[0] * s - 20 * s, 52 * s, size[1] * s - 34 * s
     draw.text((left, 20 * s), title, INK, font(15 * s), anchor="lm")
-    highest = max([row[value] + (row[error] if error else 0) for row in rows] + [1e-9]) * 1.08
+    highest = max([row[value] + row["reach"] for row in rows] + [1e-9]) * 1.08
     for tick in linear_ticks(highest, 5):
         y = bottom - (bottom - top) * tick / highest
         draw.line((left, y, right, y), RULE, s)
@@ -1487,11 +1488,11 @@ def bars(rows, value, title, error=None, size=(900, 330)):
         x = left + step * (labels.index(row["label"]) + 0.5) + width * (sets.index(row["set"]) - len(sets) / 2)
         y = bottom - (bottom - top) * max(0, row[value]) / highest
         draw.rectangle((x + s, min(y, bottom - s), x + width - s, bottom), paint[row["set"]])
-        if error:
-            middle, reach = x + width / 2, (bottom - top) * row[error] / highest
+        middle, reach = x + width / 2, (bottom - top) * row["reach"] / highest
+        if reach:
             draw.line((middle, y - reach, middle, min(bottom, y + reach)), INK, s)
         if width > 24 * s:
-            draw.text((x + width / 2, y - 7 * s - (reach if error else 0)), f"{row[value]:.3g}", INK, font(9 * s), anchor="mm")
+            draw.text((middle, y - 7 * s - reach), f"{row[value]:.3g}", INK, font(9 * s), anchor="mm")
     for i, label in enumerate(labels):
         x, y, text = left + step * (i + 0.5), bottom + 16 * s, font(12 * s)
         if label in COLOURS:

@@ -7,7 +7,7 @@
     python sample.py --run runs/letters --per-label 64 --out samples   one folder a label; stops, and goes on where it was
     torchrun --nproc-per-node 2 -- sample.py --per-label 64 ...        the same by two processes
     python sample.py --run runs/ldm --scales 1 2 5 15                  grids at several guidance scales, and a table
-    python sample.py --run runs/ldm --label blue --size 512            larger than it was trained: a larger latent
+    python sample.py --run runs/ldm --label blue --size 128            larger than it was trained: a larger latent
     python sample.py --reconstruct paintings                           what a first stage keeps of them (or of image files)
 
 To a sampler a model is a function `eps(x, t)`. Guidance and clipping wrap that function; a sampler knows neither network

@@ -1111,7 +1111,7 @@ STAGES = {"letters": LettersStage, "vqgan": AutoencoderStage, "ldm": LatentStage
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Averaged weights, learning rate, log
+# 5.2  Averaged weights, learning rate, log
 # ------------------------------------------------------------------------------------------------------------------
 
 

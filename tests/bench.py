@@ -46,7 +46,6 @@ from data import (
     paint,
     rgb_to_lab,
     run_program,
-    side_by_side,
     stacked,
     to_tensor,
     tune,
@@ -268,23 +267,17 @@ def bench_guidance(scales=(1, 2, 5, 15), each=8):
     """Writes assets/guidance.png; needs runs/classifier from `python train.py --stage classifier`."""
     model, judge = load(ASSETS / "letters.pt"), letters_judge()
     classifier = load_classifier("runs/classifier", model)
-    y, rows, shown, names = np.arange(26).repeat(each), [], [], []
+    y, shown, names = np.arange(26).repeat(each), [], []
     real = validation_letters()
     print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {letters_variety(real):.1f}")
     for name, guide in (("classifier-free", None), ("classifier", classifier)):
         for scale in scales:
             images = generate(model, y, scale=scale, classifier=guide, bf16=True, progress=False)
-            row = {"label": f"scale {scale}", "set": name}
-            row |= {"accuracy": 100 * judge(images, y), "variety": letters_variety(images)}
-            print(f"{name}, scale {scale}: {row['accuracy']:.1f} %, variety {row['variety']:.1f}", flush=True)
-            rows.append(row)
+            recognised, spread = 100 * judge(images, y), letters_variety(images)
+            print(f"{name}, scale {scale}: {recognised:.1f} %, variety {spread:.1f}", flush=True)
             shown.append(images[:: 2 * each])
             names.append(f"{name} {scale}")
-    pictures = [grid(np.concatenate(shown), 13, names, scale=2)]
-    size = (pictures[0].width // 2, 260)
-    charts = [bars(rows, *what, size=size) for what in (("accuracy", "Recognised, %"), ("variety", "Variety"))]
-    pictures.append(side_by_side(charts, ("", "")))
-    stacked(pictures).save(ASSETS / "guidance.png")
+    grid(np.concatenate(shown), 13, names, scale=2).save(ASSETS / "guidance.png")
 
 
 def validation_letters():

@@ -542,6 +542,16 @@ def test_command_line_per_label(run, no_inception, tmp_path):
         assert Image.open(out / f"{name}.png").size == (900, 660)
 
 
+def test_two_images_a_label_have_a_kernel_distance_without_an_error(run, no_inception, tmp_path):
+    real, fake, out = write_set(tmp_path / "real", count=2), write_set(tmp_path / "fake", count=2, seed=1), tmp_path / "out"
+    arguments = ("--real", real, "--fake", fake, "--per-label", "--size", 32, "--workers", 0, "--out", out)
+    code, _, err = run("fid", *arguments)
+    assert code == 0, err
+    row = json.loads((out / "evaluation.json").read_text())["own"][0]
+    assert np.isfinite(row["kernel"]) and row["kernel_error"] is None and row["precision"] is None
+    assert Image.open(out / "kernel_distance.png").size == (900, 660)
+
+
 def test_statistics_are_saved_and_reused(run, refused, no_inception, tmp_path):
     real = write_set(tmp_path / "real", count=5)
     fake = write_set(tmp_path / "fake", count=5, seed=1)
