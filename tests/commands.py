@@ -95,7 +95,7 @@ def adapted(command, comment, folder, number):
     if not IS_SHORT.search(command) and not re.match(r" \d+ s", comment):
         short = [flags for words, flags in SHORTER.items() if words in command]
         if "--init" in command:  # the network is given
-            short = ["--updates 2 --size 64"]
+            short = ["--updates 2 --size 32"]
         if "--resume" in command:
             short = ["--updates 3"]
         command = " ".join([command, *short])
