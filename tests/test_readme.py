@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import commands
 
 import data
 import fid
@@ -116,18 +117,13 @@ def test_every_erratum_names_tests_that_speak_of_it_or_says_why_not(row):
         assert erratum.lower() in "\n".join(lines).lower(), f"{test} does not mention {erratum}"
 
 
-def commands():
-    """Every `python x.py ...` of the README, in indented blocks and between back-quotes, with its program and arguments."""
-    joined = re.sub(r"\\\n *", "", README)
-    lines = [line for line in joined.splitlines() if line.startswith("    ")] + re.findall(r"`([^`\n]+)`", joined)
-    found = [re.findall(r"(?:python |torchrun .*? )(\w+)\.py\b(.*?)(?=&&|$)", line) for line in lines]
-    return sorted({(program, arguments.split(" #")[0].strip()) for each in found for program, arguments in each})
+CALLS = [re.search(r"(?:python |torchrun .*? )(\w+)\.py\b(.*)", command) for command, _ in commands(README)]
+CALLS = [call.groups() for call in CALLS if call]  # program and arguments; `python tests/commands.py` runs them
 
 
-@pytest.mark.parametrize("program, line", commands())
+@pytest.mark.parametrize("program, line", CALLS)
 def test_every_command_is_one_that_its_program_understands(program, line, monkeypatch, capsys):
-    arguments = shlex.split(line, comments=True)
-    monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *shlex.split(line)])
     try:
         {"data": data.parse, "fid": fid.parse, "sample": sample.parse, "train": train.parse, "unet": unet.parse}[program]()
     except SystemExit as end:
