@@ -122,7 +122,12 @@ def main():
         made(folder)
         for number, (command, comment) in enumerate(commands((ROOT / "README.md").read_text())):
             command, start = adapted(command, comment, folder, number), time.perf_counter()
-            how = {"cwd": folder, "env": os.environ | {"PATH": path}, "capture_output": True, "text": True}
+            how = {
+                "cwd": folder,
+                "env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+                "capture_output": True,
+                "text": True,
+            }
             done = subprocess.run(["bash", "-c", command], **how)
             verdict = f"FAILED\n{done.stderr[-2000:]}" if done.returncode else "ok"
             print(f"{time.perf_counter() - start:5.0f} s  {command}  {verdict}", flush=True)
