@@ -1,7 +1,7 @@
-"""Images in, pictures out: section 4.2 of the thesis.
+"""Images in, pictures out: section 4.2 of the thesis, and what all programs share: errors, devices, charts.
 
     python data.py letters --data PATH                  pack a set of letters (any folder-per-class tree) and report it
-    python data.py letters --fonts DIR --out DIR        make such a set from fonts
+    python data.py letters --fonts DIR --out DIR        make such a set from fonts; --sheet FILE shows one (fig. 4.1)
     python data.py paintings --data DIR --out DIR       pack any folder of images with colour labels; without --data, paint one
     python data.py relabel --data DIR                   compare the thesis's two labelling rules (figs 4.2 and 4.3)
     python data.py rows LDM=DIR StyleGAN=DIR            chosen images of several models, a row each (fig. 5.8)
@@ -247,8 +247,8 @@ def open_paintings(path=None, size=256):
     path: None for pictures of the embedded painter, painted once and kept in the user's cache; or a folder of images, nested
     or flat: labels are those of its folders if these are named after the colours, else the nearest colours in RGB. A
     `SOURCES.csv` in it (columns file, source) says which images must not be parted by the split; without one, images of the
-    same file name are one source. Packed on first use, see `pack_paintings`; or a folder that `python data.py paintings` has
-    packed. Raises UserError for a path that holds no such set.
+    same file name are one source, unless that is a number. Packed on first use, see `pack_paintings`; or a folder that
+    `python data.py paintings` has packed. Raises UserError for a path that holds no such set.
     """
     if path is None:
         painted = paint_set(Path.home() / ".cache" / "color-diffusion" / f"painted.packed{size}", size, replace=True)
@@ -496,7 +496,8 @@ def folder_labels(root, files, palette):
 def source_names(root, files):
     """What every file comes from: its `source` in SOURCES.csv, looked up by path or name; without a row, its own name.
 
-    So a painting that is in two folders under the same name, as WikiArt has them, is one source.
+    So a painting that is in two folders under the same name, as WikiArt has them, is one source. A mere number is no name: the
+    1.jpg of every folder is another picture.
     """
     known, path = {}, root / "SOURCES.csv"
     if path.exists():
@@ -509,7 +510,8 @@ def source_names(root, files):
                 known = {row["file"]: row["source"] for row in table if row["source"]}
         except csv.Error as error:
             raise UserError(f"{path}: not a table that can be read ({error})") from error
-    return [known.get(file.as_posix(), known.get(file.name, file.stem)) for file in files]
+    own = [str(file) if file.stem.isdecimal() else file.stem for file in files]
+    return [known.get(file.as_posix(), known.get(file.name, name)) for file, name in zip(files, own)]
 
 
 def read_painting(task, size, space="rgb", palette=COLOURS):
@@ -566,7 +568,7 @@ def is_plain(image):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4.2.2  Figures 4.2 and 4.3: what the two rules make of a set
+# 4.2  Figures 4.1 to 4.4: what is in a set, and what the two rules make of it
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -616,24 +618,24 @@ def worst_mismatches(paintings, rgb, lab, excess, rows=8, columns=8):
     return grid(thumbnails(np.concatenate(images)), columns, names)
 
 
-def contact_sheet(paintings, each=8, columns=8, side=96):
-    """Figure 4.4: `each` images of every label, evenly picked, in rows of `columns`. Returns the picture."""
+def contact_sheet(data, each=8, columns=8, side=96):
+    """Figures 4.1 and 4.4: `each` images of every label, evenly picked, in rows of `columns`. Returns the picture."""
     images, names = [], []
-    for label, name in enumerate(paintings.classes):
-        rows = np.flatnonzero(paintings.labels == label)
+    for label, name in enumerate(data.classes):
+        rows = np.flatnonzero(data.labels == label)
         rows = rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)]
         lines = -(-each // columns)
         row = np.full((lines * columns, side, side, 3), 255, np.uint8)
-        row[: len(rows)] = thumbnails(paintings.images[rows], side)
+        row[: len(rows)] = thumbnails(data.images[rows], side)
         images.append(row)
         names += [name] + [""] * (lines - 1)
     return grid(np.concatenate(images), columns, names)
 
 
 def thumbnails(images, side=96):
-    return np.array([np.asarray(Image.fromarray(i).resize((side, side), Image.Resampling.LANCZOS)) for i in images]).reshape(
-        -1, side, side, 3
-    )
+    """(N, H, W, 1 or 3) uint8 -> (N, side, side, 3)."""
+    pictures = (Image.fromarray(image.squeeze()).convert("RGB") for image in images)
+    return np.array([picture.resize((side, side), Image.Resampling.LANCZOS) for picture in pictures]).reshape(-1, side, side, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1557,6 +1559,7 @@ def parse():
     p.add_argument("--data", help="folder of class folders, or .npz with images and labels (default: embedded letters)")
     p.add_argument("--fonts", help="render A to Z of the fonts in this folder instead, to --out")
     p.add_argument("--out", help="folder for the rendered letters, one folder a letter")
+    p.add_argument("--sheet", help="write a contact sheet by label, as fig. 4.1, to this file")
     p = commands.add_parser("paintings", help="pack a folder of images with colour labels, or paint one")
     p.add_argument("--data", help="folder of images, nested or flat (default: the embedded painter)")
     p.add_argument("--out", help="folder for the packed set (default: beside --data, or the user's cache)")
@@ -1590,10 +1593,16 @@ def main():
 
 def letters_command(args):
     if not args.fonts:
-        print(open_letters(args.data).report())
+        if args.sheet:
+            picture_name(args.sheet)
+        letters = open_letters(args.data)
+        print(letters.report())
+        if args.sheet:
+            with whole_file(args.sheet) as temporary:
+                contact_sheet(letters, 16, 16, 32).save(temporary)
         return
-    if not args.out or args.data:
-        raise UserError("--fonts DIR renders to --out DIR, and takes no --data")
+    if not args.out or args.data or args.sheet:
+        raise UserError("--fonts DIR renders to --out DIR, and takes neither --data nor --sheet")
     reasons = letters_from_fonts(args.fonts, args.out)
     kept = reasons.pop("")
     print(f"{args.out}: 26 letters of {kept:,} fonts, {sum(reasons.values()):,} rejected (fonts.csv says which)")

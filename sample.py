@@ -1,4 +1,4 @@
-"""Pictures from a trained model: sections 4.4.3 and 4.6 of the thesis.
+"""Pictures from a trained model: sections 3.5.3, 4.4.2, 4.4.3, 4.6 and 5.3.1 of the thesis, and 3.1 and 4.4.7 of a first stage.
 
     python sample.py --text HELLO                                      a word, with the model that comes with the project
     python sample.py --run runs/letters --label A --n 16 --out a.png   sixteen times the letter A
@@ -410,7 +410,7 @@ def denoising_strip(model, y, seeds, frames=12, **how):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# 4.4.7  What a first stage keeps of an image
+# 3.1, 4.4.7  What a first stage keeps of an image, and makes of noise
 # ------------------------------------------------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import (
+    ALPHABET,
     COLOURS,
     UserError,
     balanced_rows_of_update,
@@ -632,8 +633,11 @@ class Stage:
         self.settings, self.data, self.classes, self.figures = settings, data, data.classes, {}
         print(data.report())
         self.train_rows, self.validation_rows = data.split()
-        if not len(self.train_rows):
-            raise UserError(f"{settings.data}: too few images to keep some for validation; two a class are the least")
+        if not len(self.train_rows) or not len(self.validation_rows):
+            raise UserError(
+                f"{settings.data}: too few images to keep some for validation; two a class are the least, and images of one "
+                "source, which files of the same name are without a SOURCES.csv, are not parted"
+            )
         if settings.overfit:
             self.train_rows = self.validation_rows = self.train_rows[: settings.overfit]
         self.train_labels = data.labels[self.train_rows]
@@ -696,8 +700,7 @@ class DiffusionStage(Stage):
 
         Every process takes its share; the last image stands in where shares are uneven, and counts for nothing there.
         """
-        spread = np.linspace(0, len(self.validation_rows) - 1, min(most, len(self.validation_rows)))
-        rows = self.validation_rows[spread.astype(int)]
+        rows = spread(self.validation_rows, min(most, len(self.validation_rows)))
         draw = rng(0, 0, 3)
         t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
         noise = torch.randn((len(rows), *self.model.shape), generator=draw)
@@ -749,6 +752,8 @@ class LettersStage(DiffusionStage):
 
     def __init__(self, settings):
         super().__init__(settings, open_letters(settings.data))
+        if self.classes != ALPHABET:
+            self.next = "python sample.py --run {out} --grid"
         self.model = build_letters(asdict(settings), self.classes).to(settings.device)
         if settings.compile:
             self.model.unet.compile()
@@ -777,7 +782,7 @@ class LatentStage(DiffusionStage):
         new = s.first_stage_settings is None  # a resumed run has everything in its checkpoint
         if new:
             source = load_model(s.init) if s.init else None
-            first_stage = source.first_stage if source else open_first_stage(s)
+            first_stage = source.first_stage if source else first_stage_for(s)
             s.first_stage_settings = source.settings["first_stage_settings"] if source else first_stage.settings
             s.size = s.size or s.first_stage_settings["size"]
         factor = 2 ** (len(s.first_stage_settings["multipliers"]) - 1 + len(s.multipliers) - 1)
@@ -821,7 +826,7 @@ def latent_examples(latents, labels, rows, mirrored, device):
     return (torch.from_numpy(a).to(device, non_blocking=True) for a in (z, labels[rows]))
 
 
-def open_first_stage(settings):
+def first_stage_for(settings):
     """The first stage for a new latent model: the one that was named, else that in runs/vqgan, trained before if need be."""
     s, run = settings, Path(settings.first_stage or FirstStage.out)
     if not s.first_stage and not finished(run):
@@ -1228,26 +1233,6 @@ def draw_losses(rows, path, loss_name):
         chart(lines, "Loss", "update", loss_name).save(temporary)
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM ask for a stop after the current update; a second Ctrl-C does not wait."""
-
-    def __init__(self):
-        self.signal = None
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def end(self):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __call__(self, number, frame):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def agreed(self):
-        """The signal that any process got, 0 for none."""
-        return int(across(float(self.signal or 0), dist.ReduceOp.MAX))
-
-
 # ------------------------------------------------------------------------------------------------------------------
 # 4.7  Several processes
 #
@@ -1651,6 +1636,26 @@ class TensorsOnly(dcp.DefaultLoadPlanner):
 # ------------------------------------------------------------------------------------------------------------------
 # The loop
 # ------------------------------------------------------------------------------------------------------------------
+
+
+class Interruption:
+    """Ctrl-C and SIGTERM ask for a stop after the current update; a second Ctrl-C does not wait."""
+
+    def __init__(self):
+        self.signal = None
+        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self):
+        """The signal that any process got, 0 for none."""
+        return int(across(float(self.signal or 0), dist.ReduceOp.MAX))
 
 
 def train(stage_name, typed, resume):

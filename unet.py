@@ -1,4 +1,4 @@
-"""The denoising network eps_theta(x_t, t, label): sections 3.5.5, 4.3 and 4.5 of the thesis.
+"""The denoising network eps_theta(x_t, t, label): sections 3.5.5, 4.3, 4.4.2, 4.4.4, 4.4.5 and 4.5.1 of the thesis.
 
 One class, `UNet`, serves the 32x32 letters model and the 400M latent model. Three rules keep it free of special cases:
 

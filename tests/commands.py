@@ -1,8 +1,8 @@
 """Every command of the README, run in its order in a new folder:  python tests/commands.py
 
-As they stand there, but for three things: what a reader has to bring (DIR, PATH, a second machine, published files) is made,
+As they stand there, but for two things: what a reader has to bring (DIR, PATH, a second machine, published files) is made,
 and small; where a command trains or draws many images, flags behind its own make it a matter of seconds, unless the README
-says that it is one; and a run that exists already gets another --out. `python tests/...` and the bare `pytest` are left out.
+says that it is one. `python tests/...` and the bare `pytest` are left out.
 """
 
 import os
@@ -88,10 +88,10 @@ def made(folder):
     lightning_file(folder / "cin" / "model.ckpt", published())
 
 
-def adapted(command, comment, folder, number):
+def adapted(command, comment):
     """The command with made files for the reader's own, and short unless it is said to take seconds."""
     command = command.replace("--fonts DIR --out PATH", "--fonts fonts --out rendered")
-    command = command.replace("PACKED --count", "PACKED2 --count").replace("-classifier FILE", "-classifier file.pt")
+    command = command.replace("-classifier FILE", "-classifier file.pt").replace("--run RUN", "--run runs/ldm")
     command = command.replace("--init model.ckpt", f"--init {'cin' if 'ldm' in command else 'vq-f8'}/model.ckpt")
     if not IS_SHORT.search(command) and not re.match(r" \d+ s", comment):
         short = [flags for words, flags in SHORTER.items() if words in command]
@@ -100,12 +100,6 @@ def adapted(command, comment, folder, number):
         if "--resume" in command:
             short = ["--updates 3"]
         command = " ".join([command, *short])
-    if "-- sample.py" in command:
-        command += " --out by_two"
-    train = re.search(r"train\.py --stage (\w+)", command)
-    if train and not re.search("--(resume|chart|plan|help)", command):
-        out = (re.findall(r"--out (\S+)", command) or [f"runs/{train[1]}"])[-1]
-        command += f" --out runs/{number}" * (folder / out).exists()
     if "--nnodes 2" in command:  # two machines: here both are this one
         with socket.create_server(("localhost", 0)) as free:
             command = command.replace("HOST:29500", f"localhost:{free.getsockname()[1]}")
@@ -120,8 +114,8 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         made(folder)
-        for number, (command, comment) in enumerate(commands((ROOT / "README.md").read_text())):
-            command, start = adapted(command, comment, folder, number), time.perf_counter()
+        for command, comment in commands((ROOT / "README.md").read_text()):
+            command, start = adapted(command, comment), time.perf_counter()
             how = {
                 "cwd": folder,
                 "env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},

@@ -315,6 +315,7 @@ def test_eq_3_9_alpha_bar_starts_at_one():
 
 
 def test_eq_3_10_trajectory_is_the_chain_of_3_8():
+    """Of 3.8 and not of 3.9 (E25)."""
     x, noises = randn(2, 3), [randn(2, 3, seed=s) for s in range(5)]
     path = list(D.trajectory(x, noises))
     assert len(path) == 5

@@ -28,7 +28,7 @@ from train import (
     checkpoint_activations,
     complete,
     encoded,
-    open_first_stage,
+    first_stage_for,
 )
 from unet import latent_unet
 from vqgan import VQGAN, Codebook
@@ -396,10 +396,10 @@ def test_without_a_first_stage_the_small_one_is_trained_first(run, folder, tmp_p
 
     monkeypatch.setattr(train, "train", no_training)
     settings = Latent(data=str(folder), device="cpu")
-    assert open_first_stage(settings).update == 2
+    assert first_stage_for(settings).update == 2
     save_model("runs/vqgan/model.pt", "vqgan", FIRST | {"updates": 9}, [], 2, {})
     with pytest.raises(AssertionError, match="'vqgan', {}, True"):  # an unfinished one goes on
-        open_first_stage(settings)
+        first_stage_for(settings)
 
 
 # ---------------------------------------------------------------------------------------------------- published files

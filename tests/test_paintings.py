@@ -337,6 +337,21 @@ def test_a_changed_set_is_packed_again(tmp_path):
     assert len(np.unique(open_paintings(tmp_path / "set", 16).sources)) == 5  # three files are one source now
 
 
+def test_files_of_one_name_are_one_picture_but_numbers_are_no_names(tmp_path, refused):
+    for folder in ("a", "b", "c"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        for k in range(30):
+            halves().save(tmp_path / "set" / folder / f"{k}.png")
+            halves().save(tmp_path / "set" / folder / f"painting_{k}.png")
+    paintings = open_paintings(tmp_path / "set", 16)
+    assert len(paintings.labels) == 180 and len(np.unique(paintings.sources)) == 90 + 30
+    for folder in ("a", "b"):
+        (tmp_path / "same" / folder).mkdir(parents=True)
+        halves().save(tmp_path / "same" / folder / "untitled.png")
+    error = refused("train", "--stage", "vqgan", "--data", tmp_path / "same", "--size", 16, "--out", tmp_path / "run")
+    assert "too few images to keep some for validation" in error and not (tmp_path / "run").exists()
+
+
 def test_a_link_to_a_folder_above_counts_no_image_twice(tmp_path):
     write_paintings(tmp_path / "set", 6)
     (tmp_path / "set" / "Action_painting" / "up").symlink_to(tmp_path / "set")

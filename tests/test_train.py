@@ -80,6 +80,7 @@ def test_t_is_uniform_on_1_to_T_and_labels_are_dropped():
 
 
 def test_flip_mirrors_half_of_the_images_and_is_off_by_default():
+    """E41: a mirrored letter does not fit its label."""
     plain, flipped = stage(p_uncond=0.0), stage(p_uncond=0.0, flip=True)
     mirrored = 0
     for n in range(40):
