@@ -33,7 +33,7 @@ SHORTER = {  # what a command contains -> what makes it short
     "train.py --stage": "--updates 2",
     "train.py --stage letters": "--channels 16 --multipliers 1 1",
     "train.py --stage ldm": "--channels 32 --multipliers 1 1",
-    "--model thesis": "--channels 64 --batch 2 --size 64",
+    "--model thesis": "--channels 64 --batch 2 --size 64 --T 2",
     "--kernel-distance": "--kernel-distance 4",
     "sample.py": "--steps 2",
     "--per-label": "--per-label 2",
