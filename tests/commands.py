@@ -31,9 +31,11 @@ PROGRAM = re.compile(r"(OMP_NUM_THREADS=\d )?(python (?!tests/)|torchrun .*\.py|
 AGAIN = re.compile(r"(?:and|again with) ((?:--[a-z-]+ [\w/]+ ?)+)")  # a comment that asks for the same once more
 SHORTER = {  # what a command contains -> what makes it short
     "train.py --stage": "--updates 2",
-    "train.py --stage letters": "--channels 16 --multipliers 1 1",
+    "train.py --stage letters": "--channels 16 --multipliers 1 1 --overfit 26",
     "train.py --stage ldm": "--channels 32 --multipliers 1 1",
-    "--model thesis": "--channels 64 --batch 2 --size 64 --T 2",
+    "train.py --stage letters --": "--T 2",
+    "train.py --stage ldm --": "--T 2",
+    "--model thesis": "--channels 64 --batch 2 --size 64",
     "--kernel-distance": "--kernel-distance 4",
     "sample.py": "--steps 2",
     "--per-label": "--per-label 2",
