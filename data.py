@@ -718,8 +718,9 @@ def locked(folder):
     if fcntl is None:
         yield
         return
-    key = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    with open(Path(tempfile.gettempdir()) / f"color-diffusion-{os.getuid()}-{key}.lock", "w") as file:
+    locks = Path(tempfile.gettempdir()) / f"color-diffusion-{os.getuid()}"
+    locks.mkdir(mode=0o700, exist_ok=True)
+    with (locks / hashlib.sha256(str(folder).encode()).hexdigest()[:12]).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
