@@ -519,6 +519,20 @@ def test_eq_3_15_l_0_is_a_probability_over_the_grey_levels():
     torch.testing.assert_close(log_p[1:20], density[1:20], rtol=0.01, atol=0.01)
 
 
+def test_eq_3_15_l_0_has_the_mean_and_the_deviation_of_the_last_step():
+    """E30: N(mu_theta(x_1, 1), beta_1). Where eps_theta is right, mu is x_0 and the bin of x_0 is a third of a deviation wide
+    on either side, as sqrt(beta_1) = 0.01."""
+    x_0, e = torch.full((1, 1), 1 / 255, dtype=torch.float64), torch.full((1, 1), 0.4, dtype=torch.float64)
+    mass = math.erf(1 / 255 / 0.01 / math.sqrt(2))
+    term = D.data_term(lambda x_1, t: e, x_0, e)
+    assert term.item() == pytest.approx(-math.log2(mass), rel=1e-4)
+
+
+def test_the_variance_of_a_step_is_the_one_the_thesis_prints():
+    x, e, noise = (randn(2, 3, seed=s) for s in range(3))
+    assert torch.equal(D.p_sample(x, 500, e, noise), D.p_sample(x, 500, e, noise, "beta_tilde"))
+
+
 def test_eq_3_15_bound_has_every_term_and_sums_them():
     d = Diffusion(linear_schedule(20, 1e-3, 0.6))
     x_0 = (randn(3, 4).clamp(-1, 1) * 127.5).round() / 127.5

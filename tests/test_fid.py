@@ -312,6 +312,8 @@ def test_paintings_features_see_colour_and_scale_and_nothing_else():
     assert (f["turned"] - f["stripes 4"]).norm() > 1
     assert (f["red"] - f["blue"])[:100].norm() == pytest.approx(8 * math.sqrt(2))  # no box in common: the largest distance
     assert torch.equal(f["red"][100:], f["blue"][100:])  # both plain
+    torch.testing.assert_close(f["red"][100:], torch.full((30,), 0.8 * (math.log(0.1) - 2)))  # no differences at any scale
+    assert f["stripes 16"][:100].sort().values[-2:].tolist() == pytest.approx([8 * math.sqrt(0.5)] * 2)  # half and half
     across = {w: f[f"stripes {w}"][100:].view(5, 2, 3)[:, 1, 0] for w in (1, 16)}  # of L, by scale
     assert across[1][0] > across[16][0] and across[1][4] < across[16][4]
 

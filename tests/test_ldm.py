@@ -15,7 +15,7 @@ import train
 from data import COLOURS, UserError, open_paintings, to_tensor
 from ddpm import SCHEDULES, drop_labels
 from fid import mean_colour_distances, variety
-from ldm import LatentDiffusion, build_first_stage, build_latent, load_model, save_model
+from ldm import LatentDiffusion, PixelDiffusion, build_first_stage, build_latent, load_model, save_model
 from sample import denoise, generate, images_by_label
 from train import (
     EMA,
@@ -63,6 +63,30 @@ def equal_states(a, b):
 
 
 # ---------------------------------------------------------------------------------------------------- the model
+
+
+def test_the_loss_of_v_is_the_squared_error_of_v():
+    model = tiny(predict="v")
+    z, noise, y, t = (
+        randn(3, *model.shape),
+        randn(3, *model.shape, seed=1),
+        torch.tensor([0, 3, 8]),
+        torch.tensor([1, 400, 990]),
+    )
+    a = model.diffusion.alpha_bar[t].float().view(3, 1, 1, 1)
+    with torch.no_grad():
+        v = model.unet(a.sqrt() * z + (1 - a).sqrt() * noise, t - 1, **model.condition(y))
+        target = a.sqrt() * noise - (1 - a).sqrt() * z
+        torch.testing.assert_close(model.loss(z, y, t, noise), (v - target).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_decoded_pictures_stay_in_range():
+    far = 9 * randn(2, 3, 32, 32)
+    letters = PixelDiffusion(torch.nn.Identity(), SCHEDULES["linear"](), ["A"], (3, 32, 32))
+    assert torch.equal(letters.decode(far), far.clamp(-1, 1))
+    model = tiny()
+    z = 50 * randn(1, *model.shape)
+    torch.testing.assert_close(model.decode(z), model.first_stage.decode(z / 0.5).clamp(-1, 1))
 
 
 def test_latent_model_has_the_thesis_shapes():

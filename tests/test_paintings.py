@@ -532,6 +532,8 @@ def test_balanced_rows_give_every_label_its_turn():
     assert np.bincount(labels[rows], minlength=8).tolist() == [300, 300, 0, 0, 300, 0, 0, 300]
     assert sorted(rows[labels[rows] == 7]) == list(range(96, 396))  # 300 draws of 300 images: each once
     assert (np.bincount(rows)[:5] == 60).all()
+    twins = np.concatenate([balanced_rows_of_update(0, n, 2, np.repeat([0, 1], 50)) for n in range(50)])
+    assert not np.array_equal(twins[twins < 50], twins[twins >= 50] - 50)  # every label has an order of its own
     assert np.array_equal(rows[17 * 12 : 18 * 12], balanced_rows_of_update(0, 17, 12, labels))  # of (seed, n) alone
     assert not np.array_equal(rows, np.concatenate([balanced_rows_of_update(1, n, 12, labels) for n in range(100)]))
 

@@ -81,6 +81,7 @@ def test_timesteps_are_exactly_s_for_every_s():
         times = timesteps(1000, steps)
         assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
         assert all(t > t_next for t, t_next in zip(times, times[1:]))
+    assert timesteps(1000, 3) == [1000, 666, 333, 0]
     for steps in (0, 1001):
         with pytest.raises(ValueError):
             timesteps(1000, steps)
@@ -396,6 +397,50 @@ def test_classifier_guidance_at_scale_1_is_bayes_rule():
     torch.testing.assert_close(guided, exact, atol=0.06, rtol=0)
 
 
+def test_eq_4_1_the_gradient_is_taken_at_x_t_not_at_x_t_minus_1():
+    seen, x_T = [], randn(4)
+
+    def gradient(x, t):
+        seen.append((t, x))
+        return torch.ones_like(x)
+
+    states = [
+        (1000, x_T),
+        *((t, x) for t, x, _ in ddpm(exact_eps, x_T, [1000, 600, 200, 0], A, lambda: randn(4), gradient=gradient)),
+    ]
+    assert [t for t, _ in seen] == [1000, 600, 200]
+    assert all(torch.equal(x, at) for (_, x), (_, at) in zip(seen, states))
+
+
+class Indifferent:
+    """A classifier without an opinion."""
+
+    def __init__(self):
+        self.autocast = set()
+
+    def log_f(self, x, t):
+        self.autocast.add(torch.is_autocast_enabled("cpu"))
+        return 0 * x.flatten(1)[:, :26]
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_classifier_guides_the_zero_label(tiny_model, sampler):
+    """Of a classifier without an opinion it is unconditional generation, whatever the scale and the label."""
+    model, how = load_model(tiny_model), {"sampler": sampler, "steps": 3, "progress": False}
+    guided = generate(model, ["A", "B"], scale=7.0, classifier=Indifferent(), **how)
+    assert np.array_equal(guided, generate(model, ["none", "none"], **how))
+    classifier = Indifferent()
+    generate(model, "A", scale=7.0, classifier=classifier, bf16=True, **how)
+    assert classifier.autocast == {True}
+
+
+def test_denoise_clips_where_it_is_asked_to(tiny_model):
+    model = load_model(tiny_model)
+    how = {"sampler": "ddim", "steps": 4}
+    free, held = (torch.stack([x_0 for *_, x_0 in denoise(model, [0], [0], clip=clip, **how)]) for clip in (False, True))
+    assert free.abs().max() > 1.01 and held.abs().max() < 1.001
+
+
 def test_e47_a_classifier_must_have_learnt_noised_images():
     """f(y|x, t), f(y|x) and f(y|x_t) of 4.4.2 are one function f(y | x_t, t); that of clean images guides elsewhere."""
     mixture, clean, y, x = Mixture(), Mixture(), torch.tensor([0, 1]).repeat(50), randn(100)
@@ -439,6 +484,10 @@ def test_network_sees_time_counted_from_zero(tiny_model):
     model.unet.register_forward_pre_hook(lambda module, args: seen.append(args[1].tolist()))
     list(denoise(model, np.array([0]), [0], sampler="ddim", steps=2))
     assert seen == [[999], [999], [499], [499]] or seen == [[999, 999], [499, 499]]
+    x = torch.randn((2, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # in sampling t is a number, in training a tensor
+        one, two = (model.eps(x, t, torch.tensor([0, 1])) for t in (7, torch.tensor([7, 7])))
+    assert torch.equal(one, two) and seen[-1] == [6, 6]
 
 
 def test_half_precision_files_and_both_sets_of_weights_load(tmp_path, tiny_model):

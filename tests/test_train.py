@@ -161,6 +161,10 @@ def test_learning_rate_is_the_one_typed_with_warm_up_and_decay():
     assert rates[60] == pytest.approx(5e-4) and 0 < rates[-1] < 2e-5
 
 
+def test_previews_have_the_scale_that_the_thesis_chose():
+    assert stage().scale == 2 and stage(p_uncond=0.0).scale == 1
+
+
 def test_log_keeps_interruptions_apart(tmp_path):
     log = Log(tmp_path / "log.csv", 1, 0)
     for n in (10, 20, 30):
@@ -208,6 +212,41 @@ def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     train.train(*train.parse([*map(str, SHORT), "--out", str(out)]))
     return out
+
+
+def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path, monkeypatch):
+    """Two updates by hand, against those of the loop; clipping and decay are large enough to matter."""
+    monkeypatch.setattr(LettersStage, "preview", lambda *arguments, **more: {})
+    how = ("--updates", 2, "--lr", 0.01, "--clip", 0.05, "--weight-decay", 0.5, "--warmup", 2, "--ema", 0.5)
+    train.train(*train.parse([*map(str, (*SMALL, *how, "--out", tmp_path / "run"))]))
+    progress, found = newest_checkpoint(tmp_path / "run")
+    s = LettersStage(Letters(**progress["settings"]))
+    names, parameters = zip(*s.model.named_parameters())
+    average = [p.detach().clone() for p in parameters]
+    m, v = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+    for n in range(2):
+        gradients = torch.autograd.grad(s.loss(n), parameters)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        assert norm > 0.1  # so that it is clipped
+        rate, keep = 0.01 * (n + 1) / 2, (2 + n) / (11 + n)
+        with torch.no_grad():
+            for i, (p, g) in enumerate(zip(parameters, gradients)):
+                g = g * 0.05 / norm
+                m[i], v[i] = 0.9 * m[i] + 0.1 * g, 0.99 * v[i] + 0.01 * g * g
+                step = m[i] / (1 - 0.9 ** (n + 1)) / ((v[i] / (1 - 0.99 ** (n + 1))).sqrt() + 1e-8)
+                p.copy_(p - rate * 0.5 * p - rate * step)
+                average[i] = keep * average[i] + (1 - keep) * p
+    for name, p, a in zip(names, parameters, average):
+        torch.testing.assert_close(found[f"train.{name}"], p.detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[f"ema.{name}"], a, rtol=1e-3, atol=1e-5)
+    weights = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["weights"]
+    assert all(torch.equal(weights["raw"][name], found[f"train.{name}"]) for name in names)
+    assert all(torch.equal(weights["ema"][name], found[f"ema.{name}"]) for name in names)
+    row = train.log_rows(tmp_path / "run" / "log.csv")[-1]
+    for column, kind in (("validation_loss", "raw"), ("validation_loss_ema", "ema")):
+        s.model.load_state_dict(weights[kind])
+        assert float(row[column]) == pytest.approx(s.validate()["validation_loss"], rel=1e-4)
+    assert row["validation_loss"] != row["validation_loss_ema"]
 
 
 def test_a_tiny_run_learns_and_samples(run, tmp_path):

@@ -392,6 +392,21 @@ def test_eq_3_5_adaptive_weight():
     assert gradients(weight * g, w)[0].norm().item() == pytest.approx(gradients(rec, w)[0].norm().item(), rel=1e-3)
 
 
+def test_discriminator_and_code_book_begin_as_the_published_ones():
+    torch.manual_seed(0)
+    main = PatchDiscriminator(64).main
+    assert {layer.negative_slope for layer in main if isinstance(layer, torch.nn.LeakyReLU)} == {0.2}
+    assert all(abs(layer.weight.std() - 0.02) < 0.002 for layer in main if isinstance(layer, torch.nn.Conv2d))
+    assert all(abs(layer.weight.mean() - 1) < 0.01 for layer in main if isinstance(layer, torch.nn.BatchNorm2d))
+    codes = Codebook(1000, 4).embedding.weight
+    assert 0.0009 < codes.max() <= 1 / 1000 and -1 / 1000 <= codes.min() < -0.0009
+
+
+def test_a_variance_is_kept_between_exp_of_minus_30_and_20():
+    mu, logvar = GaussianBottleneck.moments(torch.tensor([2.0, -40.0, 3.0, 25.0]).view(2, 2, 1, 1))
+    assert mu.flatten().tolist() == [2, 3] and logvar.flatten().tolist() == [-30, 20]
+
+
 @pytest.mark.parametrize("layers, patch", [(2, 34), (3, 70)])
 def test_discriminator_sees_patches(layers, patch):
     d = PatchDiscriminator(4, layers).eval().double()
@@ -449,6 +464,10 @@ def test_loss_is_the_sum_of_its_terms_and_the_adversary_waits(folder):
     f = s.figures
     assert loss.item() == pytest.approx((f["l1"] + f["latent_loss"] + 0.6 * f["lambda"] * f["g_loss"]).item(), rel=1e-5)
     assert s.discriminator_loss(5).item() > 0
+    assert [player.betas for player in s.players()] == [(0.9, 0.99), (0.5, 0.9)]
+    s.settings.perceptual, s.perceptual = 0.25, lambda x, x_r: torch.arange(len(x)).float()
+    x = torch.zeros(3, 3, 2, 2)
+    assert s.reconstruction_loss(x, x + 0.5).tolist() == [0.5, 0.75, 1.0]
     assert [player.name for player in stage(folder, adversarial=0.0).players()] == ["train"]
 
 
