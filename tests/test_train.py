@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import equal_tensors, newest_checkpoint
+from conftest import equal_tensors, make_tiny_model, newest_checkpoint
 from PIL import Image
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
@@ -378,6 +378,26 @@ def test_4_4_2_classifier_learns_its_images_and_resumes_bit_for_bit(run, refused
     assert equal_tensors(newest_checkpoint(tmp_path / "whole")[1], newest_checkpoint(tmp_path / "stopped")[1])
     error = refused("train", *how, "--run", tmp_path / "whole", "--out", tmp_path / "other")
     assert "is a classifier" in error
+
+
+def test_4_4_2_the_loss_is_the_cross_entropy_at_every_t(tmp_path):
+    run = str(make_tiny_model(tmp_path / "model.pt", T=4))
+    settings = train.Classifier(run=run, channels=16, multipliers=(1, 1), batch=8, precision="float32", device="cpu")
+    complete(settings)
+    s, seen = train.ClassifierStage(settings), []
+    loss = s.model.loss
+    s.model.loss = lambda x, y, t, noise: seen.append(t) or loss(x, y, t, noise)
+    with torch.no_grad():
+        for n in range(20):
+            s.loss(n)
+        assert torch.cat(seen).unique().tolist() == [1, 2, 3, 4]
+        (x, y), noise = s.examples(s.rows(0)), torch.randn((8, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+        t = torch.tensor([1, 2, 3, 4] * 2)
+        logits = s.model.network(s.model.diffusion.q_sample(x, t, noise), t - 1)
+        expected = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        torch.testing.assert_close(loss(x, y, t, noise), expected)
+    s.by_noise_level = lambda rows: [(1, 0.5, 0.25), (4, 1.5, 0.75)] if rows is s.validation_rows else None
+    assert s.validate() == {"validation_loss": 1.0, "validation_accuracy": 0.5}
 
 
 def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
