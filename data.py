@@ -95,7 +95,7 @@ def whole_file(path):
 
 def picture_name(path):
     """`path`, if it is the name of a file that Pillow can write."""
-    if Path(path).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(Path(path).suffix.lower()) not in set(Image.SAVE) - {"HDF5", "GRIB", "BUFR", "WMF"}:
         raise UserError(f"{path}: not the name of a picture; end it with .png")
     return path
 
@@ -143,7 +143,8 @@ def tune(device, keep_memory=True):
 def check_device(device):
     """The device, if it is there."""
     try:
-        torch.zeros(1, device=device)
+        if torch.zeros(1, device=device).device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {device}: not there on this machine") from None
     return device
@@ -203,7 +204,8 @@ class Paintings(ImageSet):
         """E68: rows for training and for validation, seeded: `share` of every label, at least one image of it, whole sources.
 
         The rarest label is served first. Where sources are many images each, a label may give up to twice its share, and
-        always keeps most of its images to train on; a label of a single source then has nothing to validate with.
+        always keeps most of its images to train on; a label of a single source then has nothing to validate with. Where all
+        sources are too large for that, the smallest validates whose labels have others.
         """
         sources, source = np.unique(self.sources, return_inverse=True)
         counts = np.zeros((len(sources), len(self.classes)), np.int64)  # images of every source and label
@@ -220,6 +222,9 @@ class Paintings(ImageSet):
                 if not held_out[i] and (held + counts[i] <= most).all():
                     held_out[i] = True
                     held += counts[i]
+        others = ((counts < total) | (counts == 0)).all(1)  # sources that are no label's only one
+        if not held_out.any() and others.any():
+            held_out[np.where(others, counts.sum(1), counts.sum() + 1).argmin()] = True
         return np.flatnonzero(~held_out[source]), np.flatnonzero(held_out[source])
 
 
@@ -548,15 +553,11 @@ def decode(file, size):
         if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
             raise UserError(f"animated: {image.n_frames} frames")
         image.draft(None, (2 * size, 2 * size))
-        image = upright_8_bit(image)
-        if image.has_transparency_data:
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image.convert("RGBA"))
-        return crop_and_resize(image.convert("RGB"), size)
+        return crop_and_resize(on_paper(upright_8_bit(image)).convert("RGB"), size)
 
 
 def is_plain(image):
-    """4.2.2: "images that portray only one plain color". At 64 x 64, in LAB, with Delta-E 76:
+    """4.2.2: images that "portray only one plain color". At 64 x 64, in LAB, with Delta-E 76:
 
         standard deviation over all three axes < 5,   or   Delta-E to the median colour < 6 for more than 95 % of the pixels
 
@@ -946,11 +947,18 @@ def upright_8_bit(image):
     return Image.fromarray(np.where(deep == clear, 255, np.rint(deep * (255 / 65535))).astype(np.uint8))
 
 
+def on_paper(image):
+    """A Pillow image without transparency: what shows through is white."""
+    if not image.has_transparency_data:
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+
+
 def load_image(file, size, mode="RGB"):
     """One image, cropped to the centre square and resized: (size, size, C) uint8, C = 1 for mode "L", 3 for "RGB"."""
     image = open_image(file)
     try:
-        image = crop_and_resize(upright_8_bit(image).convert(mode), size)
+        image = crop_and_resize(on_paper(upright_8_bit(image)).convert(mode), size)
     except Exception as error:  # damaged files raise whatever the decoder stumbles on
         raise UserError(f"{file}: not an image that can be read ({error}); remove it or replace it") from error
     return np.asarray(image).reshape(size, size, -1)
@@ -1424,13 +1432,19 @@ def chart(lines, title, x_label, y_label, size=(900, 460)):
     """A line chart with a logarithmic y axis.
 
     lines: name -> list of pieces, a piece being (xs, ys); pieces of a line are not joined, so an interruption shows as a gap.
+    Values that are not above 0, or not finite, are left out.
     """
     s = 2  # drawn at twice the size and reduced, for smooth lines
     width, height = size[0] * s, size[1] * s
     left, right, top, bottom = 74 * s, width - 20 * s, 44 * s, height - 52 * s
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
-    pieces = [(np.asarray(xs, float), np.asarray(ys, float)) for line in lines.values() for xs, ys in line if len(xs)]
+    lines = {
+        name: [tuple(zip(*((x, y) for x, y in zip(xs, ys) if 0 < y < np.inf))) for xs, ys in line]
+        for name, line in lines.items()
+    }
+    lines = {name: [piece for piece in line if piece] for name, line in lines.items()}
+    pieces = [(np.asarray(xs, float), np.asarray(ys, float)) for line in lines.values() for xs, ys in line]
     draw.text((left, 22 * s), title, INK, font(15 * s), anchor="lm")
     if pieces:
         xs, ys = np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces])
@@ -1566,7 +1580,12 @@ def parse():
     p.add_argument("--out", help="folder for the packed set (default: beside --data, or the user's cache)")
     p.add_argument("--size", type=int, default=256, help="pixels a side (default 256)")
     p.add_argument("--space", choices=("rgb", "lab"), help="where the nearest colour is looked for (default rgb)")
-    p.add_argument("--palette", nargs="+", metavar="NAME=#RRGGBB", help="the label colours (default: table 4.1, CSS values)")
+    p.add_argument(
+        "--palette",
+        nargs="+",
+        metavar="NAME=#RRGGBB",
+        help="the label colours (default: table 4.1, CSS values, from which colour distances are measured all the same)",
+    )
     p.add_argument("--count", type=int, help="how many pictures to paint (default 2000)")
     p.add_argument("--shares", choices=("balanced", "table"), help="of the painted labels; table = 4.1's")
     p.add_argument("--seed", type=int, help="of the painted pictures (default 0)")

@@ -8,7 +8,6 @@ building, saving and loading models, ours and the published ones.
 import errno
 import hashlib
 import pickle
-import zipfile
 from pathlib import Path
 
 import torch
@@ -233,7 +232,10 @@ def load_model(path, weights="ema", device="cpu"):
     if weights not in content["weights"]:
         raise UserError(f"{path} has no {weights!r} weights, only: {', '.join(content['weights'])}")
     settings, classes = content["settings"], content["classes"]
-    model = build_model(content["stage"], settings, classes)
+    try:
+        model = build_model(content["stage"], settings, classes)
+    except KeyError as error:
+        raise UserError(f"{path}: a model file that lacks {error.args[0]!r}; it is of another version, or damaged") from None
     load_weights(model, content["weights"][weights], path)
     model.stage, model.settings, model.update = content["stage"], settings, content["update"]
     if settings.get("bottleneck") == "vq":
@@ -275,9 +277,9 @@ def read_file(path):
         if names:
             raise UserError(f"{path}: refused, it asks to run {', '.join(names)}; only tensors are read") from None
         raise UserError(f"{path}: not a checkpoint that can be read (truncated, or not a PyTorch file)") from error
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever torch's reader stumbles on in a file of another kind
         raise UserError(f"{path}: not a checkpoint that can be read (truncated, or not a PyTorch file)") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict", {}), dict):
         raise UserError(f"{path}: a PyTorch file, but not a checkpoint of this project")
     return content
 

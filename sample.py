@@ -138,9 +138,10 @@ def plms(eps, x, times, alpha_bar):
     The history fills up with orders 2 and 3 after one improved Euler step, as in the published sampler; that step looks
     ahead once, so S steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.
 
-    A single step has nothing to look ahead to, and where a' > sqrt(a) looking ahead does harm: near T, eps = x - sqrt(a) x_0,
-    so the mean of both eps moves x_{t'} by a' / (2 sqrt(a)) x_0. Of 50 steps that is 10 x_0 for the cosine schedule, whose
-    alpha_bar_T is 2e-9, and 0.005 x_0 for the linear one. The first step is then plain DDIM.
+    A single step has nothing to look ahead to, and where a' > sqrt(a) looking ahead does harm: where the second evaluation
+    predicts an x_0 that differs by d from the first one's, the mean of both eps moves x_{t'} by a' / (2 sqrt(a)) d. Of 50 steps
+    that is 10 d for the cosine schedule, whose alpha_bar_T is 2e-9, and 0.005 d for the linear one. The first step is then
+    plain DDIM.
     """
     history = []
     for t, t_next in zip(times, times[1:]):
@@ -612,9 +613,11 @@ def label_number(model, label):
         if not 0 <= label <= model.zero_label:
             raise UserError(f"label {label}: expected 0 to {model.zero_label}")
         return int(label)
-    names = [*(name.lower() for name in model.classes), "none"]
-    if label.lower() in names:
-        return names.index(label.lower())
+    if label.lower() == "none":
+        return model.zero_label
+    for names, name in ((model.classes, label), ([name.lower() for name in model.classes], label.lower())):
+        if name in names:
+            return names.index(name)
     if label.isdecimal() and int(label) <= model.zero_label:
         return int(label)
     raise UserError(f"unknown label {label!r}; expected one of {', '.join(model.classes)}, a number, or none")
@@ -622,11 +625,12 @@ def label_number(model, label):
 
 def word_labels(model, text):
     """One label a character of `text`, None for a space."""
-    names = {name.lower(): i for i, name in enumerate(model.classes)}
-    unknown = [char for char in text if char != " " and char.lower() not in names]
+    names = {name: i for i, name in enumerate(model.classes)}
+    names = {name.lower(): i for name, i in names.items()} | {name.upper(): i for name, i in names.items()} | names
+    unknown = [char for char in text if char != " " and char not in names]
     if unknown or not text.strip():
         raise UserError(f"--text {text!r}: the model draws only {' '.join(model.classes)}")
-    return [names.get(char.lower()) for char in text]
+    return [names.get(char) for char in text]
 
 
 def parse():
@@ -707,8 +711,8 @@ def check(args):
         raise UserError("--classifier: only with --guidance classifier")
     if args.format != "png" and not args.per_label:
         raise UserError(f"--format {args.format}: only with --per-label")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be 0 or more")
+    if not 0 <= args.seed < 2**62:
+        raise UserError(f"--seed {args.seed}: must be 0 or more, and below 2^62")
     if any(value is not None and value < 1 for value in (args.n, args.per_label, args.size, args.batch)):
         raise UserError("--n, --per-label, --size and --batch must be 1 or more")
     if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):

@@ -152,11 +152,13 @@ class Settings:
     def check(self):
         """Raises UserError for a number that cannot work."""
         for name in self.POSITIVE:
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{option(name)} {getattr(self, name)}: must be more than 0")
         for name in self.NOT_NEGATIVE:
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"{option(name)} {getattr(self, name)}: must be 0 or more")
+        if self.seed >= 2**62:
+            raise UserError(f"--seed {self.seed}: must be below 2^62")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema {self.ema}: must be from 0 to below 1")
         if not 1 <= len(self.multipliers) <= 6 or min(self.multipliers) < 1:
@@ -234,7 +236,7 @@ class Classifier(Settings):
         if self.shape:
             return {}
         guided = load(self.run)
-        of_run = {name: guided.settings[name] for name in ("schedule", "T", "data")}
+        of_run = {name: guided.settings.get(name) for name in ("schedule", "T", "data")}  # a published model knows no data
         return of_run | {"shape": guided.shape, "space": space_of(guided)}
 
     def check(self):
@@ -633,7 +635,7 @@ class Stage:
         self.settings, self.data, self.classes, self.figures = settings, data, data.classes, {}
         print(data.report())
         self.train_rows, self.validation_rows = data.split()
-        if not len(self.train_rows) or not len(self.validation_rows):
+        if not len(self.train_rows) or not len(self.validation_rows) and not settings.overfit:
             raise UserError(
                 f"{settings.data}: too few images to keep some for validation; two a class are the least, and images of one "
                 "source, which files of the same name are without a SOURCES.csv, are not parted"
@@ -670,6 +672,8 @@ class DiffusionStage(Stage):
         if settings.kernel_distance:
             if len(self.validation_rows) < 3:
                 raise UserError("--kernel-distance: needs at least 3 validation images")
+            if data.images.shape[1] < 32:
+                raise UserError("--kernel-distance: its features need images of 32 pixels or more")
             self.compares, self.columns = True, (*self.columns, "kernel_distance", "kernel_distance_error")
             by_label = self.validation_rows[np.argsort(data.labels[self.validation_rows], kind="stable")]
             rows = spread(by_label, min(most, len(by_label)))
@@ -897,6 +901,10 @@ class ClassifierStage(Stage):
         if latent:
             self.latents = encoded(self.data, guided.first_stage.to(s.device), s.flip, s.device)
             self.latent_scale = guided.latent_scale
+        if self.classes != guided.classes:
+            raise UserError(f"--data {s.data}: its labels are not those of the model that it is to guide; leave the flag away")
+        if s.run:
+            self.next += f" --run {s.run}"
         self.model = build_classifier(asdict(s), self.classes).to(s.device)
         if s.compile:
             self.model.network.compile()
@@ -1157,7 +1165,7 @@ class EMA:
 
 
 def learning_rate(settings, n):
-    """Linear warm-up, then linear decay to 0 at the last update."""
+    """Linear warm-up, then linear decay, to 0 at the update after the last."""
     warmup = min(1, (n + 1) / max(1, settings.warmup))
     return settings.lr * warmup * min(1, (settings.updates - n) / max(1, settings.updates - settings.warmup))
 
@@ -1454,6 +1462,8 @@ def untrained_latent(size, settings):
 def plan(typed):
     """The table of `--plan`: what a process holds, and how many images it can compute at a time on GPUs of so many GB."""
     gigabytes, s = typed.pop("plan"), Latent(**typed)
+    if not 0 < gigabytes < math.inf:
+        raise UserError(f"--plan {gigabytes}: expected the gigabytes of a GPU, such as 11")
     complete(s)
     model = untrained_latent(s.model, asdict(s))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -1485,7 +1495,7 @@ def plan(typed):
 # ------------------------------------------------------------------------------------------------------------------
 
 KEPT = 2
-PROGRESS = {"settings", "update", "run", "seconds", "best"}
+PROGRESS = {"stage", "settings", "update", "run", "seconds", "best"}
 
 
 def checkpoints(out):
@@ -1663,7 +1673,9 @@ def train(stage_name, typed, resume):
     out = Path(typed.get("out", Stage.Settings.out))
     if not resume and checkpoints(out):
         raise UserError(f"{out} already holds a run: --resume goes on with it, --out DIR starts another")
-    settings = restore(Stage.Settings, newest_progress(out), typed) if resume else Stage.Settings(**typed)
+    if not resume and (out / "model.pt").exists():
+        raise UserError(f"{out} already holds a model, without a checkpoint to go on from: --out DIR starts another run")
+    settings = restore(stage_name, newest_progress(out), typed) if resume else Stage.Settings(**typed)
     complete(settings)
     stage = Stage(settings)
     model, players = stage.model, stage.players()
@@ -1726,12 +1738,7 @@ def train(stage_name, typed, resume):
         row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n), **means.take()}
         row["update_seconds"] = (time.perf_counter() - mark) / (done - counted)
         row |= {"communication": alone / row["update_seconds"], "memory": peak_memory(settings)}
-        if not all(map(math.isfinite, row.values())):
-            bar.close()
-            raise UserError(
-                f"the loss or its gradient is no longer finite at update {done}; stopped without saving, "
-                f"earlier checkpoints are untouched. Try a smaller --lr or --precision float32"
-            )
+        check_finite(row, done, bar)
         images = (bar.format_dict["rate"] or 0) * settings.images
         bar.set_postfix_str(f"loss {row['train_loss']:.4f}, {images:.0f} images/s")
         with autocast:
@@ -1739,6 +1746,7 @@ def train(stage_name, typed, resume):
                 row |= stage.validate()
                 with ema.averaged():
                     row |= {f"{name}_ema": value for name, value in stage.validate().items()}
+                check_finite(row, done, bar)
             if preview and not last:
                 stage.preview(out / f"preview_{done:06d}_raw.png")
             if preview:
@@ -1758,7 +1766,14 @@ def train(stage_name, typed, resume):
             save_model(out / "model.pt", stage_name, asdict(settings), stage.classes, done, weights)
             draw_losses(log.rows(), out / "loss.png", stage.loss_name)
         if save:  # last: what a kill before it loses is computed again, with all that was written
-            progress = {"settings": asdict(settings), "update": done, "run": run, "seconds": seconds, "best": best}
+            progress = {
+                "stage": stage_name,
+                "settings": asdict(settings),
+                "update": done,
+                "run": run,
+                "seconds": seconds,
+                "best": best,
+            }
             save_checkpoint(out, progress, run_tensors(players, ema, stage))
         if stopping:
             bar.close()
@@ -1773,6 +1788,16 @@ def train(stage_name, typed, resume):
     print(f"{out / stage.picture} shows what the model can do; next: {stage.next.format(out=out)}")
 
 
+def check_finite(row, done, bar):
+    """Raises UserError where a loss, or a gradient, is not a number any more."""
+    if not all(map(math.isfinite, row.values())):
+        bar.close()
+        raise UserError(
+            f"the loss or its gradient is no longer finite at update {done}; stopped without saving, "
+            f"earlier checkpoints are untouched. Try a smaller --lr or --precision float32"
+        )
+
+
 def describe(settings, player, epoch):
     """What is about to be trained, in a line."""
     s, size = settings, sum(p.numel() for p in player.parameters) / 1e6
@@ -1782,9 +1807,11 @@ def describe(settings, player, epoch):
     return f"{size:.1f}M parameters; {s.updates:,} updates of {images}, {s.updates / epoch:.1f} epochs"
 
 
-def restore(Settings, saved, typed):
+def restore(stage_name, saved, typed):
     """The settings of a saved run; of what was typed, only fields marked `resume` may differ."""
-    settings = Settings(**saved["settings"])
+    if saved["stage"] != stage_name:
+        raise UserError(f"--stage {stage_name}: the run there is one of --stage {saved['stage']}")
+    settings = STAGES[stage_name].Settings(**saved["settings"])
     images = settings.images
     for f in fields(settings):
         value = typed.get(f.name, getattr(settings, f.name))

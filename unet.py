@@ -120,7 +120,7 @@ class CrossAttention(nn.Module):
     Without a context, K and V come from the positions too: self-attention. No matrix of weights is held (SDPA).
 
     With a context of one token, as the thesis's label is, the softmax runs over a single key and every weight is 1: the
-    output is W_o W_v c at every position, whatever Q. It conditions, but "focus on particular regions" (4.5.1) it cannot,
+    output is W_o W_v c at every position, whatever Q. It conditions, but "focus on particular regions" (4.4.4) it cannot,
     and to_q and to_k get no gradient (E52). It is kept for the published weights, and for contexts of more tokens.
     """
 

@@ -271,6 +271,23 @@ def test_chart_leaves_a_gap_where_a_run_was_interrupted():
     assert 0.15 < 1 - interrupted / whole < 0.25
 
 
+def test_chart_leaves_out_what_a_logarithm_does_not_have():
+    good = np.asarray(chart({"loss": [([0, 2], [1.0, 2.0])]}, "", "", ""))
+    odd = chart({"loss": [([0, 1, 1, 1, 2], [1.0, 0.0, -1.0, float("inf"), 2.0])], "none": [([5], [float("nan")])]}, "", "", "")
+    assert np.array_equal(np.asarray(odd)[60:], good[60:])
+
+
+def test_what_shows_through_a_picture_is_white_paper(tmp_path):
+    ink = np.zeros((32, 32, 2), np.uint8)
+    ink[8:24, 8:24, 1] = 255  # black, and opaque only in the middle
+    Image.fromarray(ink).save(tmp_path / "a.png")
+    for mode in ("L", "RGB"):
+        image = data.load_image(tmp_path / "a.png", 32, mode)
+        assert (image[8:24, 8:24] == 0).all() and (image == 255).sum() == (32 * 32 - 16 * 16) * image.shape[2]
+    with Image.open(tmp_path / "a.png") as opened:
+        assert np.array_equal(image, np.asarray(data.on_paper(opened).convert("RGB")))
+
+
 def test_fig_5_8_chosen_images_in_rows(tmp_path, run, refused):
     colours = {"LDM": (250, 0, 0), "GAN": (0, 0, 250)}
     for name, colour in colours.items():

@@ -513,6 +513,10 @@ def test_split_parts_no_source():
     assert set(sources[train]).isdisjoint(sources[validation])
     shares = np.bincount(labels[validation]) / np.bincount(labels)
     assert (shares > 0.02).all() and (shares < 0.11).all()
+    large = painted_labels(np.repeat(np.arange(8), 40), np.repeat(np.arange(16), 20))  # two sources of 20 images a label
+    train, validation = large.split()
+    assert len(validation) == 20 and set(large.sources[train]).isdisjoint(large.sources[validation])
+    assert not len(painted_labels(np.arange(8), np.arange(8)).split()[1])  # one image a label: none can be spared
     one = painted_labels([3] * 50 + [4] * 50, [0] * 50 + list(range(1, 51)))
     assert set(one.labels[one.split()[1]]) == {4}  # label 3 has one source: all of it stays for training
 

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -477,6 +478,12 @@ def test_an_image_does_not_depend_on_its_batch(tiny_model, sampler):
     together, alone = generate(model, y, seeds, batch=5, **how), generate(model, y, seeds, batch=2, **how)
     assert np.abs(together.astype(int) - alone).max() <= 1
     assert together.std() > 10 and np.abs(together[0].astype(int) - together[1]).max() > 10
+
+
+def test_labels_that_differ_by_case_are_different_labels():
+    model = SimpleNamespace(classes=["A", "a", "None", "B"], zero_label=4)
+    assert [sample.label_number(model, label) for label in ("A", "a", "b", "none", "2")] == [0, 1, 3, 4, 2]
+    assert sample.word_labels(model, "Aa b") == [0, 1, None, 3]
 
 
 def test_network_sees_time_counted_from_zero(tiny_model):

@@ -122,8 +122,10 @@ def test_ema_averages_parameters_with_warm_up_and_leaves_tables_alone():
 def test_e62_averaging_does_not_train():
     """5.2: "further trained using a copy of the weight". The copy follows; what is trained, and its loss, stay as they are."""
     s = stage(overfit=8)
-    ema, before = EMA(s.model, 0.9), s.loss(0).item()
-    raw = [p.clone() for p in s.model.parameters()]
+    ema = EMA(s.model, 0.9)
+    for p in s.model.parameters():
+        p.data += 0.01  # as an optimiser would: now the average is elsewhere
+    before, raw = s.loss(0).item(), [p.clone() for p in s.model.parameters()]
     for n in range(20):
         ema.update(n)
     assert all(torch.equal(a, b) for a, b in zip(raw, s.model.parameters())) and s.loss(0).item() == before
@@ -324,6 +326,8 @@ def test_a_run_is_not_overwritten_and_settings_do_not_drift(refused, undisturbed
     before = contents(undisturbed)
     assert "--resume goes on with it" in refused("train", *SHORT, "--out", undisturbed)
     assert "--lr was" in refused("train", "--stage", "letters", "--resume", "--lr", 1, "--out", undisturbed)
+    for other in ("vqgan", "ldm", "classifier"):
+        assert "is one of --stage letters" in refused("train", "--stage", other, "--resume", "--out", undisturbed)
     assert contents(undisturbed) == before
 
 
@@ -406,6 +410,11 @@ def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
     error = refused("train", *SHORT, "--lr", 1e30, "--warmup", 0, "--clip", 1e30, "--out", out)
     assert "no longer finite" in error
     assert not list(out.glob("checkpoint_*")) and not (out / "model.pt").exists()
+    error = refused("train", *SMALL, "--updates", 1, "--lr", 1e20, "--warmup", 0, "--out", out)  # only validation can tell
+    assert "no longer finite" in error and not list(out.glob("checkpoint_*")) and not (out / "model.pt").exists()
+    for flag in ("--lr", "--clip", "--weight-decay"):
+        assert f"{flag} nan" in refused("train", *SHORT, flag, "nan", "--out", out)
+    assert "below 2^62" in refused("train", *SHORT, "--seed", 2**70, "--out", out)
 
 
 def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
@@ -425,6 +434,14 @@ def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
 def copied(undisturbed, tmp_path):
     """A finished run that may be damaged."""
     return Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+
+
+def test_a_model_without_checkpoints_is_not_overwritten(refused, copied):
+    for path in train.checkpoints(copied):
+        shutil.rmtree(path)
+    before = contents(copied)
+    assert "already holds a model" in refused("train", *SHORT, "--out", copied)
+    assert contents(copied) == before
 
 
 def test_the_two_newest_checkpoints_are_kept_and_the_older_one_helps_out(run, undisturbed, copied):
