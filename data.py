@@ -66,6 +66,10 @@ def run_program(main):
         message = str(error)
     except OSError as error:  # a full disk, above all
         message = f"{error.filename or 'a file'}: {error.strerror or error}"
+    except RuntimeError as error:  # torch's, of a GPU or of a CPU
+        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        message = "not enough memory: a smaller --batch needs less; and --accumulate of train.py makes up for it"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -271,6 +271,19 @@ def test_chart_leaves_a_gap_where_a_run_was_interrupted():
     assert 0.15 < 1 - interrupted / whole < 0.25
 
 
+def test_too_little_memory_is_one_clear_line(capsys):
+    for words in ("CUDA out of memory. Tried to allocate 2.00 GiB", "DefaultCPUAllocator: can't allocate memory"):
+
+        def program(words=words):
+            raise torch.OutOfMemoryError(words)
+
+        with pytest.raises(SystemExit, match="2"):
+            data.run_program(program)
+        assert capsys.readouterr().err.startswith("error: not enough memory: a smaller --batch")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        data.run_program(lambda: torch.zeros(3, 3) @ torch.zeros(2))
+
+
 def test_chart_leaves_out_what_a_logarithm_does_not_have():
     good = np.asarray(chart({"loss": [([0, 2], [1.0, 2.0])]}, "", "", ""))
     odd = chart({"loss": [([0, 1, 1, 1, 2], [1.0, 0.0, -1.0, float("inf"), 2.0])], "none": [([5], [float("nan")])]}, "", "", "")

@@ -218,7 +218,8 @@ def undisturbed(tmp_path_factory):
 
 def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path, monkeypatch):
     """Two updates by hand, against those of the loop; clipping and decay are large enough to matter."""
-    monkeypatch.setattr(LettersStage, "preview", lambda *arguments, **more: {})
+    shown = []
+    monkeypatch.setattr(LettersStage, "preview", lambda s, path, final: shown.append(next(s.model.parameters()).clone()) or {})
     how = ("--updates", 2, "--lr", 0.01, "--clip", 0.05, "--weight-decay", 0.5, "--warmup", 2, "--ema", 0.5)
     train.train(*train.parse([*map(str, (*SMALL, *how, "--out", tmp_path / "run"))]))
     progress, found = newest_checkpoint(tmp_path / "run")
@@ -241,6 +242,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path, monkeypatch):
     for name, p, a in zip(names, parameters, average):
         torch.testing.assert_close(found[f"train.{name}"], p.detach(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(found[f"ema.{name}"], a, rtol=1e-3, atol=1e-5)
+    assert torch.equal(shown[-1], found[f"ema.{names[0]}"])  # the last preview is of the averaged weights
     weights = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["weights"]
     assert all(torch.equal(weights["raw"][name], found[f"train.{name}"]) for name in names)
     assert all(torch.equal(weights["ema"][name], found[f"ema.{name}"]) for name in names)
@@ -395,7 +397,7 @@ def test_4_4_2_the_loss_is_the_cross_entropy_at_every_t(tmp_path):
     with torch.no_grad():
         for n in range(20):
             s.loss(n)
-        assert torch.cat(seen).unique().tolist() == [1, 2, 3, 4]
+        assert torch.cat(seen).unique().tolist() == [1, 2, 3, 4] and not torch.equal(seen[0], seen[1])
         (x, y), noise = s.examples(s.rows(0)), torch.randn((8, 3, 32, 32), generator=torch.Generator().manual_seed(0))
         t = torch.tensor([1, 2, 3, 4] * 2)
         logits = s.model.network(s.model.diffusion.q_sample(x, t, noise), t - 1)

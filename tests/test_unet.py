@@ -113,6 +113,7 @@ def test_linear_attention_averages_the_values():
 
 
 def test_linear_attention_layer_reads_positions_not_batches():
+    assert not LinearAttention(128).proj_out.weight.any()  # begins as the identity
     assert LinearAttention(128).splits == [16, 16, 128]  # q and k have an eighth of the channels (E46)
     layer = LinearAttention(16, groups=1).double()
     torch.nn.init.normal_(layer.proj_out.weight)
