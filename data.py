@@ -69,7 +69,7 @@ def run_program(main):
     except RuntimeError as error:  # torch's, of a GPU or of a CPU
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        message = "not enough memory: a smaller --batch needs less; and --accumulate of train.py makes up for it"
+        message = "not enough memory: a smaller --batch needs less, and --accumulate of train.py makes up for it"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -147,10 +147,11 @@ def tune(device, keep_memory=True):
 def check_device(device):
     """The device, if it is there."""
     try:
-        if torch.zeros(1, device=device).device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError
+        kind = torch.zeros(1, device=device).device.type
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device}: not there on this machine") from None
+        kind = None
+    if kind not in ("cuda", "mps", "cpu"):
+        raise UserError(f"--device {device}: not there on this machine")
     return device
 
 
@@ -968,6 +969,14 @@ def load_image(file, size, mode="RGB"):
     return np.asarray(image).reshape(size, size, -1)
 
 
+def check_npz(path, images, labels):
+    """Raises UserError for arrays of an .npz that are no images with labels."""
+    fits = images.dtype == np.uint8 and (images.ndim == 3 or images.ndim == 4 and images.shape[-1] in (1, 3)) and len(images)
+    if not fits or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
+        found = f"images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}"
+        raise UserError(f"{path}: expected uint8 images (N, H, W), (N, H, W, 1 or 3) and N labels, found {found}")
+
+
 def read_npz(path, size):
     """An .npz with `images` (N, H, W) or (N, H, W, C) uint8 and `labels` (N,), as `read_tree` returns it."""
     try:
@@ -978,10 +987,7 @@ def read_npz(path, size):
             array, labels = file["images"], file["labels"]
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
         raise UserError(f"{path}: not an .npz file that can be read") from error
-    images_fit = array.dtype == np.uint8 and (array.ndim == 3 or array.ndim == 4 and array.shape[-1] in (1, 3)) and len(array)
-    if not images_fit or labels.shape != array.shape[:1] or labels.dtype.kind not in "iuU":
-        found = f"images {array.dtype} {array.shape} and labels {labels.dtype} {labels.shape}"
-        raise UserError(f"{path}: expected uint8 images (N, H, W), (N, H, W, 1 or 3) and N labels, found {found}")
+    check_npz(path, array, labels)
     values, numbers = np.unique(labels, return_inverse=True)
     classes = [str(value) for value in values]
     if np.issubdtype(labels.dtype, np.integer):
@@ -1443,12 +1449,14 @@ def chart(lines, title, x_label, y_label, size=(900, 460)):
     left, right, top, bottom = 74 * s, width - 20 * s, 44 * s, height - 52 * s
     picture = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(picture)
-    lines = {
-        name: [tuple(zip(*((x, y) for x, y in zip(xs, ys) if 0 < y < np.inf))) for xs, ys in line]
-        for name, line in lines.items()
-    }
-    lines = {name: [piece for piece in line if piece] for name, line in lines.items()}
-    pieces = [(np.asarray(xs, float), np.asarray(ys, float)) for line in lines.values() for xs, ys in line]
+
+    def drawable(xs, ys):
+        xs, ys = np.asarray(xs, float), np.asarray(ys, float)
+        kept = (ys > 0) & np.isfinite(ys)
+        return xs[kept], ys[kept]
+
+    lines = {name: [drawable(*piece) for piece in line] for name, line in lines.items()}
+    pieces = [piece for line in lines.values() for piece in line if len(piece[0])]
     draw.text((left, 22 * s), title, INK, font(15 * s), anchor="lm")
     if pieces:
         xs, ys = np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces])

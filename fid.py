@@ -38,10 +38,10 @@ from data import (
     ALPHABET,
     ASSETS,
     COLOURS,
-    PAPER,
     UserError,
     bars,
     check_device,
+    check_npz,
     crop_and_resize,
     is_image,
     label_distances,
@@ -53,6 +53,7 @@ from data import (
     open_paintings,
     rgb_to_lab,
     run_program,
+    stacked,
     subfolders,
     whole_file,
 )
@@ -770,10 +771,7 @@ def open_npz(path, scratch):
             labels = file["labels"] if "labels" in file.files else np.full(len(images), "all")
     except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not an .npz file that can be read") from error
-    fits = images.dtype == np.uint8 and (images.ndim == 3 or images.ndim == 4 and images.shape[-1] in (1, 3)) and len(images)
-    if not fits or labels.shape != images.shape[:1] or labels.dtype.kind not in "iuU":
-        found = f"images {images.dtype} {images.shape} and labels {labels.dtype} {labels.shape}"
-        raise UserError(f"{path}: expected uint8 images (N, H, W), (N, H, W, 1 or 3) and N labels, found {found}")
+    check_npz(path, images, labels)
     values, numbers = np.unique(labels, return_inverse=True)
     letters = labels.dtype.kind in "iu" and values.min() >= 0 and values.max() < len(ALPHABET)
     return Source(path, folder / "images.npy", numbers, [ALPHABET[v] if letters else str(v) for v in values])
@@ -968,11 +966,8 @@ def colour_table(rows):
 
 def save_panels(path, panels):
     """Charts one above the other, as one PNG."""
-    picture = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)), PAPER)
-    for i, panel in enumerate(panels):
-        picture.paste(panel, (0, sum(p.height for p in panels[:i])))
     with whole_file(path) as temporary:
-        picture.save(temporary)
+        stacked(panels).save(temporary)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -605,6 +605,14 @@ def write_many(model, out, form, per_label, labels, seed, settings, how):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def place_of(label, classes):
+    """Where a name stands among the classes: written so, else whatever the case; None = nowhere."""
+    for names, name in ((classes, label), ([name.lower() for name in classes], label.lower())):
+        if name in names:
+            return names.index(name)
+    return None
+
+
 def label_number(model, label):
     """A label by name or number, or several; "none" is the zero-label, unconditional generation."""
     if isinstance(label, list | tuple | np.ndarray):
@@ -615,9 +623,9 @@ def label_number(model, label):
         return int(label)
     if label.lower() == "none":
         return model.zero_label
-    for names, name in ((model.classes, label), ([name.lower() for name in model.classes], label.lower())):
-        if name in names:
-            return names.index(name)
+    place = place_of(label, model.classes)
+    if place is not None:
+        return place
     if label.isdecimal() and int(label) <= model.zero_label:
         return int(label)
     raise UserError(f"unknown label {label!r}; expected one of {', '.join(model.classes)}, a number, or none")
@@ -625,12 +633,10 @@ def label_number(model, label):
 
 def word_labels(model, text):
     """One label a character of `text`, None for a space."""
-    names = {name: i for i, name in enumerate(model.classes)}
-    names = {name.lower(): i for name, i in names.items()} | {name.upper(): i for name, i in names.items()} | names
-    unknown = [char for char in text if char != " " and char not in names]
-    if unknown or not text.strip():
+    places = [place_of(char, model.classes) for char in text]
+    if not text.strip() or any(place is None and char != " " for place, char in zip(places, text)):
         raise UserError(f"--text {text!r}: the model draws only {' '.join(model.classes)}")
-    return [names.get(char) for char in text]
+    return places
 
 
 def parse():

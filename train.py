@@ -1738,7 +1738,6 @@ def train(stage_name, typed, resume):
         row = {"update": done, "epoch": done / epoch, "lr": learning_rate(settings, n), **means.take()}
         row["update_seconds"] = (time.perf_counter() - mark) / (done - counted)
         row |= {"communication": alone / row["update_seconds"], "memory": peak_memory(settings)}
-        check_finite(row, done, bar)
         images = (bar.format_dict["rate"] or 0) * settings.images
         bar.set_postfix_str(f"loss {row['train_loss']:.4f}, {images:.0f} images/s")
         with autocast:
@@ -1746,7 +1745,12 @@ def train(stage_name, typed, resume):
                 row |= stage.validate()
                 with ema.averaged():
                     row |= {f"{name}_ema": value for name, value in stage.validate().items()}
-                check_finite(row, done, bar)
+            if not all(map(math.isfinite, row.values())):
+                bar.close()
+                raise UserError(
+                    f"the loss or its gradient is no longer finite at update {done}; stopped without saving, "
+                    f"earlier checkpoints are untouched. Try a smaller --lr or --precision float32"
+                )
             if preview and not last:
                 stage.preview(out / f"preview_{done:06d}_raw.png")
             if preview:
@@ -1786,16 +1790,6 @@ def train(stage_name, typed, resume):
     stop.end()
     across(0.0)  # what process 0 has written is there for all
     print(f"{out / stage.picture} shows what the model can do; next: {stage.next.format(out=out)}")
-
-
-def check_finite(row, done, bar):
-    """Raises UserError where a loss, or a gradient, is not a number any more."""
-    if not all(map(math.isfinite, row.values())):
-        bar.close()
-        raise UserError(
-            f"the loss or its gradient is no longer finite at update {done}; stopped without saving, "
-            f"earlier checkpoints are untouched. Try a smaller --lr or --precision float32"
-        )
 
 
 def describe(settings, player, epoch):

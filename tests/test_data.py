@@ -342,8 +342,8 @@ def test_fig_4_1_a_row_a_letter(tmp_path, run, refused):
     assert code == 0, err
     picture, letters = np.asarray(Image.open(tmp_path / "figure_4_1.png")), open_letters()
     left = picture.shape[1] - 16 * 34 - 2
-    for label, place in ((0, 0), (25, 15)):
-        row, x = np.flatnonzero(letters.labels == label)[[0, -1][place > 0]], left + 2 + 34 * place
+    for label, place, which in ((0, 0, 0), (25, 15, -1)):
+        row, x = np.flatnonzero(letters.labels == label)[which], left + 2 + 34 * place
         shown = picture[2 + 34 * label : 34 + 34 * label, x : x + 32]
         assert np.array_equal(shown, letters.images[row].repeat(3, -1))
     assert "not the name of a picture" in refused("data", "letters", "--sheet", tmp_path / "figure")
