@@ -1,28 +1,29 @@
-"""The mathematics of diffusion: chapter 2 and sections 3.5 and 4.4 of the thesis, one function an equation.
+"""The mathematics of diffusion, one function per equation: chapter 2, sections 3.5 and 4.4.
 
-Time runs as in the thesis: t = 1..T, and t = 0 is the clean image. Every table has T + 1 entries and is indexed by t itself:
-alpha_bar[0] = 1 is the empty product (E24). Tables are float64 and are cast when used. A model is any function
-`eps(x_t, t)`; nothing here knows a network. Tests: `pytest tests/test_ddpm.py`.
+Time runs as in the thesis: t = 1..T, and t = 0 is the clean image. Every table has T + 1 entries
+and is indexed by t; alpha_bar[0] = 1 is the empty product (E24). Tables are float64 and are cast
+when used. A model is any function `eps(x_t, t)`. Tests: `pytest tests/test_ddpm.py`.
 """
 
 import math
 
 import torch
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2.3, 2.4  Kullback-Leibler divergence and the evidence lower bound
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def kl_divergence(q, p):
-    """eq. 2.4 (corrected, E02):  D(q || p) = E_{x~q}[log q(x) - log p(x)] = sum_x q(x) log(q(x) / p(x)).
+    """eq. 2.4 (corrected, E02):  D(q || p) = E_{x~q}[log q(x) - log p(x)] = sum_x q log(q / p).
 
-    The thesis's first form has the ratio upside down, which is never positive; its second form is this one. It is the expected
-    value, eq. 2.2, of h = log(q/p), eq. 2.3. Eq. 2.5 is D(p || q), the other direction (E03); the two differ, eq. 2.6, and
-    neither is negative, eq. 2.7. Eq. 2.9 and eq. 2.10 look for the q(z) nearest to the posterior p(z|x) of eq. 2.1, which is
-    p(z, x) / p(x), eq. 2.12; eq. 2.11 and eq. 2.13 write that divergence out.
+    The thesis's first form has the ratio upside down and is never positive; its second form is this
+    one. D is the expected value (eq. 2.2) of h = log(q/p) (eq. 2.3). Eq. 2.5 is the other
+    direction, D(p || q) (E03). The two differ (eq. 2.6), and neither is negative (eq. 2.7).
+    Eq. 2.9 and eq. 2.10 look for the q(z) nearest to p(z|x), the posterior of Bayes' rule (eq. 2.1)
+    and eq. 2.12, p(z, x) / p(x). Eq. 2.11 and eq. 2.13 write out their divergence.
 
-    q, p: probabilities over the last axis (for densities on a grid, multiplied by the cell size). Returns (...,), nats.
+    q, p: probabilities over the last axis (a density times the cell size). Returns (...,), nats.
     """
     return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
 
@@ -30,18 +31,19 @@ def kl_divergence(q, p):
 def elbo(q, joint):
     """eq. 2.19:  L(q) = E_{z~q}[log p(z, x)] - E_{z~q}[log q(z)]  <=  log p(x).
 
-    Write p(z|x) = p(z, x) / p(x) in D(q || p(z|x)); log p(x), the integral of eq. 2.8, does not depend on z and leaves the
-    expectation, eq. 2.14:  D(q || p(z|x)) = -L(q) + log p(x), eq. 2.16. That is >= 0, eq. 2.17, hence eq. 2.18 above. The
-    q of the largest L is the nearest one, eq. 2.21, as long as p and so log p(x) stays as it is (eq. 2.20, E06).
-    Eq. 2.15 prints the negative of L (E05); with it neither 2.16 nor 2.18 would hold.
+    Insert p(z|x) = p(z, x) / p(x) into D(q || p(z|x)). log p(x), the integral of eq. 2.8, does not
+    depend on z and leaves the expectation (eq. 2.14): D(q || p(z|x)) = -L(q) + log p(x) (eq. 2.16).
+    This is >= 0 (eq. 2.17), so L is a lower bound (eq. 2.18). The q with the largest L is the
+    nearest one (eq. 2.21), as long as p, and so log p(x), does not change (eq. 2.20, E06).
+    Eq. 2.15 prints -L (E05); with it, 2.16 and 2.18 would be wrong.
 
-    q: probabilities q(z) over the last axis; joint: p(z, x) for one observed x. Returns (...,), nats.
+    q: probabilities q(z) over the last axis; joint: p(z, x) for one x. Returns (...,), nats.
     """
     return -kl_divergence(q, joint)
 
 
 def gaussian_kl(mu_1, var_1, mu_2, var_2):
-    """D( N(mu_1, var_1) || N(mu_2, var_2) ) elementwise, nats: eq. 2.4 for the Gaussians of the terms of 3.15.
+    """eq. 2.4 for N(mu_1, var_1) and N(mu_2, var_2), as in the terms of 3.15; nats per element.
 
     1/2 [ log(var_2 / var_1) + (var_1 + (mu_1 - mu_2)^2) / var_2 - 1 ]. Tensors or numbers.
     """
@@ -49,65 +51,68 @@ def gaussian_kl(mu_1, var_1, mu_2, var_2):
     return 0.5 * (torch.log(var_2 / var_1) + (var_1 + (mu_1 - mu_2) ** 2) / var_2 - 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3.5.1  Noise schedules: beta_1 .. beta_T
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def linear_schedule(T=1000, start=1e-4, end=0.02):
-    """beta_t linear in t: the schedule of the DDPM paper, used for letters (the thesis prints no range, E35)."""
+    """beta_t linear in t: DDPM's schedule, for the letters (the thesis prints no range, E35)."""
     return torch.linspace(start, end, T, dtype=torch.float64)
 
 
 def sqrt_linear_schedule(T=1000, start=0.0015, end=0.0195):
-    """sqrt(beta_t) linear in t: the schedule of the published latent model, which calls it "linear" (E35)."""
+    """sqrt(beta_t) linear in t: the published latent model, which calls it "linear" (E35)."""
     return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
 
 
 def cosine_schedule(T=1000, s=0.008):
-    """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + s) / (1 + s) pi/2): the schedule of [13], section 3.5.5; beta <= 0.999."""
-    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
+    """3.5.5, [13]: alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2); beta <= 0.999."""
+    t = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-SCHEDULES = {"linear": linear_schedule, "sqrt_linear": sqrt_linear_schedule, "cosine": cosine_schedule}
+SCHEDULES = dict(linear=linear_schedule, sqrt_linear=sqrt_linear_schedule, cosine=cosine_schedule)
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3.5  The diffusion process
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Diffusion:
-    """The tables of one schedule and the equations of section 3.5 that read them.
+    """The tables of one schedule, and the equations of section 3.5 that read them.
 
-    alpha_t = 1 - beta_t,  alpha_bar_t = prod_{s=1..t} alpha_s,  beta_tilde_t = (1 - alpha_bar_{t-1})/(1 - alpha_bar_t) beta_t
+        alpha_t = 1 - beta_t,  alpha_bar_t = prod_{s=1..t} alpha_s
+        beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
 
-    x_t, x_0, eps: (B, ...). t: an int for the whole batch or a (B,) tensor, 1..T (0 where the clean image is meant).
+    x_t, x_0, eps: (B, ...). t: 1..T (0 = the clean image), an int for the whole batch or (B,).
     """
 
     def __init__(self, beta):
         zero = torch.zeros(1, dtype=torch.float64)
         self.T = len(beta)
-        self.beta = torch.cat([zero, beta.double()])  # (T + 1,); beta[0] is never used: no noise enters before t = 1
+        self.beta = torch.cat([zero, beta.double()])  # (T + 1,); beta[0] is never used
         self.alpha = 1 - self.beta
-        self.alpha_bar = self.alpha.cumprod(0)  # alpha_bar[0] = 1; 3.5.2 prints the product from s = 0 (E24)
-        before = torch.cat([zero + 1, self.alpha_bar[:-1]])
-        self.beta_tilde = torch.cat([zero, ((1 - before) / (1 - self.alpha_bar) * self.beta)[1:]])  # beta_tilde[1] = 0
+        self.alpha_bar = self.alpha.cumprod(0)  # alpha_bar[0] = 1; 3.5.2 starts at s = 0 (E24)
+        before, after = self.alpha_bar[:-1], self.alpha_bar[1:]
+        self.beta_tilde = torch.cat([zero, (1 - before) / (1 - after) * self.beta[1:]])  # [1] = 0
 
     def at(self, table, t, x):
-        """table[t] in the precision and on the device of x, shaped to multiply x."""
+        """table[t] in the precision and on the device of x, in a shape that multiplies x."""
         if isinstance(t, int):
-            return table[t].to(x.dtype)  # a CPU scalar multiplies a tensor of any device
-        value = table.to(x.dtype).to(x.device)[t]  # in this order: some devices have no float64
+            return table[t].to(x.dtype)  # a scalar on the CPU multiplies tensors of any device
+        value = table.to(x.dtype).to(x.device)[t]  # in this order: some devices lack float64
         return value.view(-1, *[1] * (x.dim() - 1))
 
     # 3.5.1, 3.5.2  Forward: from data to noise
 
     def q_step(self, x_prev, t, noise):
-        """eq. 3.8:  x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) xi_t,  xi_t ~ N(0, I), independent for every t.
+        """eq. 3.8:  x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) xi_t,  xi_t ~ N(0, I).
 
-        The Gaussian of eq. 3.6, which is that of a step and not of the data (E19), with the mean and variance of eq. 3.7, where
-        x_t is printed on the right as well (E20). 3.5.2 first writes Sigma xi where Sigma^(1/2) xi is meant (E23).
+        All xi_t are independent. This is a sample of the Gaussian of eq. 3.6, which is the law of a
+        step and not of the data (E19). Eq. 3.7 is its mean and variance, but prints x_t on the
+        right (E20). 3.5.2 first writes Sigma xi instead of Sigma^(1/2) xi (E23).
         """
         beta = self.at(self.beta, t, x_prev)
         return (1 - beta).sqrt() * x_prev + beta.sqrt() * noise
@@ -115,16 +120,17 @@ class Diffusion:
     def q_sample(self, x_0, t, noise):
         """eq. 3.9:  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi.
 
-        It follows from 3.8 because variances of independent noises add: alpha_t (1 - alpha_bar_{t-1}) + beta_t =
-        1 - alpha_bar_t. The thesis's chain of sqrt(beta_t ... beta_1) and its "xi_t = xi_{t-1}" do not lead here (E21, E22).
+        It follows from 3.8, because the variances of independent noises add:
+        alpha_t (1 - alpha_bar_{t-1}) + beta_t = 1 - alpha_bar_t. The steps of the thesis,
+        sqrt(beta_t ... beta_1) (E21) and "xi_t = xi_{t-1}" (E22), do not lead to it.
         """
         alpha_bar = self.at(self.alpha_bar, t, x_0)
         return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 
     def trajectory(self, x_0, noises):
-        """eq. 3.10:  a sample of q(x_{1:T} | x_0) = prod_t q(x_t | x_{t-1}), the product of the steps 3.8 (E25).
+        """eq. 3.10:  one sample of q(x_{1:T} | x_0) = prod_t q(x_t | x_{t-1}), the steps 3.8 (E25).
 
-        noises: xi_1, xi_2, ... as many as steps are wanted. Yields x_1, x_2, ...
+        noises: xi_1, xi_2, ..., one per step. Yields x_1, x_2, ...
         """
         x = x_0
         for t, noise in enumerate(noises, start=1):
@@ -134,14 +140,16 @@ class Diffusion:
     # 3.5.3  Backward: the posterior and the model
 
     def posterior(self, x_t, x_0, t):
-        """eq. 3.12 and below (corrected, E27):  q(x_{t-1} | x_t, x_0) = N(mu_tilde_t, beta_tilde_t I)
+        """eq. 3.12 and below (corrected, E27):  q(x_{t-1}|x_t, x_0) = N(mu_tilde_t, beta_tilde_t I)
 
             mu_tilde_t = sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
                        + sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
 
-        The thesis prints sqrt(alpha_bar_t) in the first coefficient. Derivation: the log of q(x_t|x_{t-1}) q(x_{t-1}|x_0)
-        is quadratic in x_{t-1} with precision alpha_t/beta_t + 1/(1 - alpha_bar_{t-1}) = 1/beta_tilde_t and linear term
-        sqrt(alpha_t) x_t/beta_t + sqrt(alpha_bar_{t-1}) x_0/(1 - alpha_bar_{t-1}). Returns (mean, variance).
+        The thesis prints sqrt(alpha_bar_t) in the first coefficient. Derivation: the logarithm of
+        q(x_t|x_{t-1}) q(x_{t-1}|x_0) is quadratic in x_{t-1}. Its precision is
+        alpha_t/beta_t + 1/(1 - alpha_bar_{t-1}) = 1/beta_tilde_t, and its linear term is
+        sqrt(alpha_t) x_t/beta_t + sqrt(alpha_bar_{t-1}) x_0/(1 - alpha_bar_{t-1}).
+        Returns (mean, variance).
         """
         alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
         alpha_bar, before = self.at(self.alpha_bar, t, x_t), self.at(self.alpha_bar, t - 1, x_t)
@@ -149,49 +157,49 @@ class Diffusion:
         return mean, self.at(self.beta_tilde, t, x_t)
 
     def predict_x0(self, x_t, t, eps):
-        """eq. 3.9 solved for x_0:  x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
+        """eq. 3.9 solved for x_0:  (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
         alpha_bar = self.at(self.alpha_bar, t, x_t)
         return (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
 
     def predict_eps(self, x_t, t, x_0):
-        """eq. 3.9 solved for the noise:  eps = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
+        """eq. 3.9 solved for the noise:  (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
         alpha_bar = self.at(self.alpha_bar, t, x_t)
         return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 
     def eps_from_v(self, x_t, t, v):
-        """The noise if a network predicts v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (not in the thesis):
+        """The noise if a network predicts v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
 
-            eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v          (insert 3.9 for x_t)
-
-        The squared error of eps is alpha_bar_t times that of v. L_simple therefore hardly asks for the clean image, and so for
-        the label, where the noise is strong; the squared error of v asks for it at every t.
+        By 3.9, eps = sqrt(1 - alpha_bar_t) x_t + sqrt(alpha_bar_t) v. Not in the thesis. The
+        squared error of eps is alpha_bar_t times that of v. At strong noise, L_simple therefore
+        hardly depends on the clean image and its label; the squared error of v always does.
         """
         alpha_bar = self.at(self.alpha_bar, t, x_t)
         return (1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v
 
     def mu_theta(self, x_t, t, eps):
-        """3.5.3, the mean of p_theta(x_{t-1} | x_t), which the thesis does not spell out (E29):
+        """3.5.3, the mean of p_theta(x_{t-1} | x_t), which the thesis does not write out (E29):
 
             mu_theta = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta(x_t, t)) / sqrt(alpha_t)
 
-        This is mu_tilde of 3.12 at the x_0 that eps_theta predicts. With the best eps_theta, the mean of eps over all x_0 that
-        may have led to x_t, it is the mean of eq. 3.11, q(x_{t-1} | x_t), which no x_0 conditions (E28).
+        This is mu_tilde of 3.12 at the predicted x_0. The best eps_theta is the mean of eps over
+        all x_0 that can lead to x_t. With it, mu_theta is the mean of eq. 3.11, q(x_{t-1} | x_t),
+        in which no x_0 is given (E28).
         """
         alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
         alpha_bar = self.at(self.alpha_bar, t, x_t)
         return (x_t - beta / (1 - alpha_bar).sqrt() * eps) / alpha.sqrt()
 
     def p_sample(self, x_t, t, eps, noise, variance="beta_tilde"):
-        """3.5.3, one ancestral step:  x_{t-1} = mu_theta(x_t, t) + sigma_t noise.
+        """3.5.3, one ancestral step:  x_{t-1} = mu_theta(x_t, t) + sigma_t noise; none at t = 1.
 
-        variance: sigma_t^2 = "beta_tilde" (exact if the data were one point; the one the thesis prints) or "beta" (exact
-        if the data were N(0, I)). No noise enters the last step, to t = 0.
+        variance: sigma_t^2 = "beta_tilde" (printed in the thesis; exact if the data are one point)
+        or "beta" (exact if the data are N(0, I)).
         """
         sigma = self.at(self.sigma2(variance), t, x_t).sqrt()
         return self.mu_theta(x_t, t, eps) + sigma * noise
 
     def sigma2(self, variance):
-        """The table sigma_t^2 of p_theta(x_{t-1} | x_t) by name, "beta_tilde" or "beta"; 0 for t = 1."""
+        """The table of sigma_t^2 by name, "beta_tilde" or "beta"; 0 at t = 1."""
         table = {"beta_tilde": self.beta_tilde, "beta": self.beta}[variance].clone()
         table[1] = 0
         return table
@@ -199,32 +207,34 @@ class Diffusion:
     # 3.5.4  Training objective
 
     def loss(self, eps_theta, x_0, t, noise):
-        """3.5.4, L_simple:  E_{t, x_0, eps} || eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t) ||^2
+        """3.5.4, L_simple:  E_{t, x_0, eps} || eps - eps_theta(x_t, t) ||^2  with x_t of eq. 3.9.
 
-        The squared distance averaged over elements. The thesis calls it L_t; the true L_t has a weight that is dropped by
-        choice (E31, derived in `bound_term`). With it the first few t, where it is by far the largest, would outweigh the rest.
-        eps_theta: function (x_t, t) -> eps. Returns one value an image, (B,), float32.
+        The squared distance is averaged over elements. The thesis calls it L_t, but the true L_t
+        has a weight (E31, see `bound_term`). It is dropped by choice: it is by far the largest at
+        the first few t, which would outweigh the rest.
+        eps_theta: function (x_t, t) -> eps. Returns one value per image, (B,), float32.
         """
         prediction = eps_theta(self.q_sample(x_0, t, noise), t)
         return (noise - prediction).float().square().flatten(1).mean(1)
 
-    # 3.5.4  The bound, eq. 3.15, term by term. E_q of each: a minus log-likelihood in bits per dimension, (B,)
+    # 3.5.4  The bound, eq. 3.15, term by term: each (B,), in bits per dimension
 
     def prior_term(self, x_0):
-        """eq. 3.15, L_T:  D( q(x_T | x_0) || N(0, I) ). No parameters: p(x_T) is fixed, though printed p_theta (E30)."""
+        """eq. 3.15, L_T:  D( q(x_T|x_0) || N(0, I) ). p(x_T), printed p_theta, is fixed (E30)."""
         alpha_bar = self.at(self.alpha_bar, self.T, x_0)
         return bits_per_dim(gaussian_kl(alpha_bar.sqrt() * x_0, 1 - alpha_bar, 0.0, 1.0))
 
     def bound_term(self, eps_theta, x_0, t, noise, variance="beta_tilde"):
-        """eq. 3.15, L_{t-1} for 2 <= t <= T:  D( q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t) ) at one x_t ~ q(x_t | x_0).
+        """eq. 3.15, L_{t-1}, t >= 2, at one x_t:  D( q(x_{t-1}|x_t, x_0) || p_theta(x_{t-1}|x_t) ).
 
-        From L_t to L_simple (E31): with equal variances the KL is || mu_tilde - mu_theta ||^2 / (2 sigma_t^2). Put x_0 =
-        (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t) into mu_tilde of 3.12 and both means have the form of `mu_theta`:
-        they differ by beta_t / (sqrt(alpha_t) sqrt(1 - alpha_bar_t)) (eps_theta - eps). So the term is
+        From L_t to L_simple (E31): if the variances are equal, the KL is
+        || mu_tilde - mu_theta ||^2 / (2 sigma_t^2). With `predict_x0` in 3.12, mu_tilde has the
+        form of `mu_theta`, with eps instead of eps_theta. The means differ by
+        beta_t / (sqrt(alpha_t) sqrt(1 - alpha_bar_t)) (eps_theta - eps), and the term is
 
             beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) || eps - eps_theta ||^2
 
-        and L_simple is what is left when the weight is dropped and t drawn uniformly.
+        L_simple drops this weight and draws t uniformly.
         """
         x_t = self.q_sample(x_0, t, noise)
         mean, var = self.posterior(x_t, x_0, t)
@@ -232,41 +242,45 @@ class Diffusion:
         return bits_per_dim(gaussian_kl(mean, var, mu, self.at(self.sigma2(variance), t, x_t)))
 
     def data_term(self, eps_theta, x_0, noise, levels=256):
-        """eq. 3.15, L_0:  -log p_theta(x_0 | x_1), x_0 one of `levels` grey values in [-1, 1] (3.15 has the plus sign, E30).
+        """eq. 3.15, L_0:  -log p_theta(x_0 | x_1); the thesis prints a plus sign (E30).
 
-        N(mu_theta(x_1, 1), beta_1 I) is integrated over the bin of width 2/(levels - 1) around each value; the first and
-        the last bin reach to infinity, so that the probabilities sum to 1.
+        x_0 has `levels` grey values in [-1, 1]. N(mu_theta(x_1, 1), beta_1 I) is integrated over
+        the bin of each value, 2/(levels - 1) wide. The outer bins are infinite: the sum is 1.
         """
         x_1 = self.q_sample(x_0, 1, noise)
         mu = self.mu_theta(x_1, 1, eps_theta(x_1, 1))
-        return bits_per_dim(-discrete_log_likelihood(x_0, mu, self.at(self.beta, 1, x_0).sqrt(), levels))
+        sigma = self.at(self.beta, 1, x_0).sqrt()
+        return bits_per_dim(-discrete_log_likelihood(x_0, mu, sigma, levels))
 
     def bound(self, eps_theta, x_0, noise, variance="beta_tilde"):
-        """eq. 3.15 with all T terms:  -log p_theta(x_0) <= L_T + sum_{t=2..T} L_{t-1} + L_0, bits per dimension.
+        """eq. 3.15 with all T terms:  -log p_theta(x_0) <= L_T + sum_{t=2..T} L_{t-1} + L_0.
 
-        The evidence leaves the integral of eq. 3.13: eq. 3.14, -log p_theta(x_0) <= E_q log(q / p_theta) of trajectories,
-        which are products of steps (3.10). For t >= 2, 3.12 turns a step round: q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) r_t with
-        r_t = q(x_t|x_0) / q(x_{t-1}|x_0). All r_t multiply to q(x_T|x_0) / q(x_1|x_0), and q(x_1|x_0) cancels:
+        The evidence leaves the integral of eq. 3.13. The rest is eq. 3.14,
+        -log p_theta(x_0) <= E_q log(q / p_theta) of trajectories, the products of steps (3.10). For
+        t >= 2, 3.12 reverses a step: q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) r_t with
+        r_t = q(x_t|x_0) / q(x_{t-1}|x_0). The product of all r_t is q(x_T|x_0) / q(x_1|x_0), and
+        q(x_1|x_0) cancels. So log(q / p_theta) is
 
-            log q(x_T|x_0)/p(x_T) + sum_{t>=2} log q(x_{t-1}|x_t, x_0)/p_theta(x_{t-1}|x_t) - log p_theta(x_0|x_1)
+            log q(x_T|x_0)/p(x_T) + sum_{t>=2} log q(x_{t-1}|x_t, x_0)/p_theta(x_{t-1}|x_t)
+            - log p_theta(x_0|x_1)
 
-        The expectation of a log-ratio over its own variable is a KL: L_T, then the L_{t-1}; the last one is L_0.
-
-        noise: function t -> (B, ...) standard normal noise for the x_t of that term. Returns (B, T + 1): column 0 is L_0,
-        column t - 1 is L_{t-1}, the last is L_T. T evaluations of eps_theta; the sum over columns is the bound.
+        The expectation of a log-ratio over its own variable is a KL: L_T and L_{t-1}. L_0 remains.
+        noise: function t -> (B, ...) standard normal noise for x_t. Returns (B, T + 1), bits per
+        dimension: L_0 in column 0, L_{t-1} in column t - 1, L_T in the last; the sum is the bound.
         """
         terms = [self.data_term(eps_theta, x_0, noise(1))]
-        terms += [self.bound_term(eps_theta, x_0, t, noise(t), variance) for t in range(2, self.T + 1)]
+        for t in range(2, self.T + 1):
+            terms.append(self.bound_term(eps_theta, x_0, t, noise(t), variance))
         return torch.stack([*terms, self.prior_term(x_0)], dim=1)
 
 
 def bits_per_dim(nats):
-    """Mean over all but the first axis, nats to bits."""
+    """Nats to bits, mean over all axes but the first."""
     return nats.flatten(1).mean(1) / math.log(2)
 
 
 def discrete_log_likelihood(x, mu, sigma, levels=256):
-    """log of the mass that N(mu, sigma^2) puts on the bin of each value of x, a grid of `levels` values in [-1, 1]."""
+    """log of the mass of N(mu, sigma^2) in the bin of x, a grid of `levels` values in [-1, 1]."""
     normal = torch.distributions.Normal(torch.zeros((), dtype=x.dtype, device=x.device), 1)
     half = 1 / (levels - 1)
     upper = normal.cdf((x + half - mu) / sigma).where(x < 1 - half, torch.ones_like(x))
@@ -274,38 +288,37 @@ def discrete_log_likelihood(x, mu, sigma, levels=256):
     return (upper - lower).clamp(min=1e-12).log()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4.4  Guidance
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def drop_labels(y, zero_label, p, u):
     """4.4.3:  every label becomes the zero-label with probability p, independently (E50).
 
-    One Bernoulli draw a label, not a fixed share as the example of ten labels suggests; fig. 4.7 overwrites the caller's
-    labels and uses NumPy's global generator, this returns a new tensor and takes its randomness as an argument.
-    y: (B,) labels, or (B, n), n of one image, which are dropped together; u: (B,) uniform in [0, 1).
+    There is one draw per label, not a fixed share as in the thesis's example of ten labels. Unlike
+    fig. 4.7, this changes no tensor of the caller and takes its random numbers as an argument.
+    y: (B,) labels, or (B, n), n per image, dropped together; u: (B,) uniform in [0, 1).
     """
     return torch.where((u < p).view(*u.shape, *[1] * (y.dim() - u.dim())), zero_label, y)
 
 
 def classifier_free_guidance(eps_zero, eps_y, scale):
-    """4.4.3, the formula that 5.3.1 refers to and that is never printed (E49):  eps' = eps_0 + s (eps_y - eps_0).
+    """4.4.3, used in 5.3.1, never printed (E49):  eps' = eps_0 + s (eps_y - eps_0), all channels.
 
-    eps_0 is the prediction for the zero-label. s = 1 is no guidance, s = 0 unconditional; in the paper's terms s = 1 + w.
-    On the whole tensor, all channels.
+    eps_0: for the zero-label. s = 1: no guidance; s = 0: unconditional; the paper has w = s - 1.
     """
     return eps_zero + scale * (eps_y - eps_zero)
 
 
 def classifier_guided_mean(mu, sigma2, gradient, scale):
-    """eq. 4.1 (corrected, E48):  mu' = mu_theta + s Sigma_t grad_{x_t} log f(y | x_t, t),  Sigma_t = sigma_t^2 I.
+    """eq. 4.1 (corrected, E48):  mu' = mu_theta + s Sigma_t grad_{x_t} log f(y | x_t, t).
 
-    The thesis leaves Sigma_t out. N(x; mu, v) exp(g x) is proportional to N(x; mu + v g, v).
+    The thesis omits Sigma_t = sigma_t^2 I. N(x; mu, v) exp(g x) is a multiple of N(x; mu + v g, v).
     """
     return mu + scale * sigma2 * gradient
 
 
 def classifier_guided_eps(eps, alpha_bar, gradient, scale):
-    """eq. 4.1 for samplers that only know eps (DDIM, PLMS; E48):  eps' = eps - s sqrt(1 - alpha_bar_t) grad log f(y|x_t, t)."""
+    """eq. 4.1 for DDIM and PLMS (E48):  eps' = eps - s sqrt(1 - alpha_bar_t) grad log f."""
     return eps - scale * (1 - alpha_bar) ** 0.5 * gradient

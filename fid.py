@@ -1,14 +1,12 @@
-"""How near generated images come to real ones: sections 4.4.7, 5.1, 5.3.1, 5.4 and 6.2 of the thesis, figures 5.5 to 5.7.
+"""How close generated images are to real ones: 4.4.7, 5.1, 5.3.1, 5.4, 6.2, figures 5.5 to 5.7.
 
-    python fid.py --real DIR --fake DIR                              one set of images against another
-    python fid.py --real DIR --fake ldm=DIR gan=DIR --per-label      figures 5.5, 5.6 and 5.7, two models side by side
-    python fid.py --real letters:train --fake letters:validation     sets that come with the project
+    python fid.py --real DIR --fake DIR                             compare two sets of images
+    python fid.py --real DIR --fake ldm=DIR gan=DIR --per-label     figures 5.5, 5.6 and 5.7
+    python fid.py --real letters:train --fake letters:validation    sets that come with the project
 
-A set is a folder of images (flat, or one sub-folder a label), a packed set, or an .npz; images may have any size. Everything
-goes to --out: evaluation.json, the figures as PNG. "FID" is said only of Inception's features; they need its weights (see
-`inception_file`). Without them the same distances are taken over features that need no download, and named after those.
-
-First the metrics, in the order of the chapters; then what gives features, sets of images, and the comparison.
+A set is whatever `data.open_set` opens; its images may have any size. Only distances over the
+features of Inception are called FID and KID. The other features need no download.
+The metrics come first, in the order of the chapters; then the features, and the comparison.
 """
 
 import argparse
@@ -16,188 +14,98 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import sys
-import tempfile
-import zipfile
-import zlib
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import groupby
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import (
-    ALPHABET,
-    ASSETS,
-    COLOURS,
-    UserError,
-    bars,
-    check_device,
-    check_npz,
-    crop_and_resize,
-    is_image,
-    label_distances,
-    load_image,
-    mean_colour,
-    nearest_colour,
-    open_image,
-    open_letters,
-    open_paintings,
-    rgb_to_lab,
-    run_program,
-    stacked,
-    subfolders,
-    whole_file,
-)
+import data
+from data import COLOURS, UserError, label_distances, mean_colour, nearest_colour, rgb_to_lab
+from plots import bars, join, save
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4.4.7  What a first stage keeps of an image
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def psnr(x, x_r):
-    """Peak signal-to-noise ratio in decibel, 10 log10(2^2 / mean (x - x_r)^2) for images in [-1, 1], with x_r clamped. (B,)"""
-    return 10 * torch.log10(4 / (x - x_r.clamp(-1, 1)).square().mean((1, 2, 3)).clamp(min=1e-10))
+    """4.4.7: peak signal-to-noise ratio in decibels, 10 log10(2^2 / mean (x - x_r)^2).
+
+    x, x_r: (B, 3, H, W) in [-1, 1]; x_r is clamped. Returns (B,).
+    """
+    error = (x - x_r.clamp(-1, 1)).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
 def gradient_energy(x):
-    """Mean absolute difference of neighbouring pixels, of x clamped to [-1, 1]: blur lowers it (3.2.1). (B,)"""
+    """3.2.1: mean absolute difference of neighbouring pixels in [-1, 1]. Blur lowers it. (B,)"""
     x = x.clamp(-1, 1)
     return x.diff(dim=-1).abs().mean((1, 2, 3)) + x.diff(dim=-2).abs().mean((1, 2, 3))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5.1.1  Frechet distance
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-class Statistics:
-    """5.1.1: number, mean and covariance of features that arrive in batches, in float64 and bounded memory.
-
-    Up to d rows are kept as they are: their covariance has a rank below d, and small matrices do. From then on all are folded
-    into `scatter`, the sum of (x - mean)(x - mean)^T, d x d, and nothing grows any more: at d = 2048 the rows and the matrix
-    take 32 MiB each.
-    """
-
-    def __init__(self):
-        self.count, self.rows, self.mean, self.scatter = 0, [], None, None
-
-    def add(self, x):
-        """x: (n, d)."""
-        x = x.detach().cpu().double()
-        if self.scatter is None:
-            self.rows.append(x)
-            self.count += len(x)
-            if self.count <= x.shape[1]:
-                return
-            self.count, self.mean, self.scatter = 0, torch.zeros_like(x[0]), x.new_zeros(x.shape[1], x.shape[1])
-            while len(self.rows) > 1:
-                self._fold(self.rows.pop(0))
-            x = self.rows.pop()
-        self._fold(x)
-
-    def merge(self, other):
-        """Add what another has seen."""
-        if other.scatter is None:
-            for x in other.rows:
-                self.add(x)
-            return
-        if self.scatter is None:
-            rows, self.rows, self.count = self.rows, [], other.count
-            self.mean, self.scatter = other.mean.clone(), other.scatter.clone()
-            for x in rows:
-                self.add(x)
-            return
-        self.scatter += other.scatter
-        self._combine(other.count, other.mean)
-
-    def _fold(self, x):
-        mean = x.mean(0)
-        self._combine(len(x), mean, x - mean)
-
-    def _combine(self, n, mean, centred=None):
-        """Two means become one; the scatter grows by the new rows' own and by the distance of the means."""
-        total = self.count + n
-        delta = mean - self.mean
-        if centred is not None:
-            self.scatter.addmm_(centred.T, centred)
-        self.scatter.addr_(delta, delta, alpha=self.count * n / total)
-        self.mean += delta * (n / total)
-        self.count = total
-
-    def moments(self):
-        """mean (d,); X (n, d) with covariance X^T X, or None; covariance C (d, d), or None: one of the two is given."""
-        if self.count < 2:
-            raise ValueError(f"{self.count} image has no covariance")
-        if self.scatter is not None:
-            return self.mean, None, self.scatter / (self.count - 1)
-        x = torch.cat(self.rows)
-        mean = x.mean(0)
-        return mean, (x - mean) / math.sqrt(self.count - 1), None
-
-
-def full_rank_factor(x, cov):
-    """F (r, d) of full row rank r with F^T F = C; C is x^T x, or `cov` where x is None."""
-    if x is None:
-        L, failed = torch.linalg.cholesky_ex(cov)
-        diagonal = L.diagonal()
-        if not failed and diagonal.min() > 1e-7 * diagonal.max():
+def full_rank_factor(x):
+    """F (r, d) of full row rank r with F^T F = x^T x. x: (n, d)."""
+    wide = len(x) <= x.shape[1]
+    square = x @ x.T if wide else x.T @ x  # the smaller of the two
+    if not wide:
+        L, failed = torch.linalg.cholesky_ex(square)  # much faster than eigh
+        if not failed and L.diagonal().min() > 1e-7 * L.diagonal().max():
             return L.T
-    values, vectors = torch.linalg.eigh(cov if x is None else x @ x.T)
-    kept = values > len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=1e-300)
-    vectors = vectors[:, kept]
-    return vectors.T @ x if x is not None else values[kept, None].sqrt() * vectors.T
+    values, vectors = torch.linalg.eigh(square)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=1e-300)
+    values, vectors = values[values > rounding], vectors[:, values > rounding]
+    return vectors.T @ x if wide else values[:, None].sqrt() * vectors.T
 
 
 def frechet_distance(a, b):
-    """5.1.1 (no formula is printed, E61):  |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^{1/2}),  a, b: Statistics.
+    """5.1.1 (no formula is printed, E61):  |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^{1/2}).
 
-    With C1 = F^T F, the matrix C1 C2 has the nonzero eigenvalues of F C2 F^T, which is symmetric and has the rank of C1: no
-    matrix square root is needed, no imaginary part can appear, and a set of 147 images asks for a 147 x 147 matrix.
-    The distance of a set from itself is 0 up to rounding; a negative result is rounding and returned as 0.
+    m and C are mean and covariance of the features. With C1 = F^T F and C2 = X^T X, the nonzero
+    eigenvalues of C1 C2 are those of (F X^T)(F X^T)^T. This matrix is symmetric and as small as the
+    rank of C1: no matrix square root is needed, and no imaginary part can appear.
+    The distance of a set to itself is 0 up to rounding; negative rounding errors become 0.
+
+    a: (n, d), b: (m, d), arrays or tensors. Computed in float64. ValueError for fewer than 2 rows.
     """
-    if b.count < a.count:
-        a, b = b, a
-    m1, x1, C1 = a.moments()
-    m2, x2, C2 = b.moments()
-    root = full_rank_factor(x1, C1)  # (r, d)
-    if x2 is None:
-        product = root @ C2 @ root.T
-    else:
-        product = root @ x2.T
-        product = product @ product.T
-    trace = sum(x.square().sum() if x is not None else C.trace() for x, C in ((x1, C1), (x2, C2)))
-    cross = torch.linalg.eigvalsh(product).clamp(min=0).sqrt().sum() if len(root) else 0.0
-    return max(0.0, ((m1 - m2).square().sum() + trace - 2 * cross).item())
+    a, b = sorted((torch.as_tensor(x).double() for x in (a, b)), key=len)
+    if len(a) < 2:
+        raise ValueError(f"a covariance needs at least 2 images, not {len(a)}")
+    m1, m2 = a.mean(0), b.mean(0)
+    a, b = (a - m1) / math.sqrt(len(a) - 1), (b - m2) / math.sqrt(len(b) - 1)
+    product = full_rank_factor(a) @ b.T  # (r, m)
+    cross = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum()
+    distance = (m1 - m2).square().sum() + a.square().sum() + b.square().sum() - 2 * cross
+    return max(0.0, distance.item())
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 5.3.1  What a large guidance scale costs
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 5.3.1, 5.4.1  Variety and colour
+# --------------------------------------------------------------------------------------------------
 
 
 def variety(images):
-    """5.3.1, "the image variance": the mean distance of two images of a row, the root of the mean squared difference of their
-    values, 0 to 255. images: (K, N, H, W, 3) uint8, N > 1. Returns (K,)."""
+    """5.3.1, "the image variance": the mean distance between two images of the same row.
+
+    The distance is the root of the mean squared difference of the pixel values, 0 to 255.
+    images: (K, N, H, W, 3) uint8, N > 1. Returns (K,).
+    """
     flat = torch.from_numpy(images).flatten(2).double()
     return np.array([(torch.pdist(row).mean() / row.shape[1] ** 0.5).item() for row in flat])
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 5.4.1  Colour
-# ------------------------------------------------------------------------------------------------------------------
-
 SPACES = ("rgb", "lab")
-COLOUR_ORDER = {name: i for i, name in enumerate(COLOURS)}
-COLOUR_METRICS = [f"{metric}_{space}" for space in SPACES for metric in ("pixels", "mean", "nearest")]
+COLOUR_METRICS = ["pixels_rgb", "mean_rgb", "nearest_rgb", "pixels_lab", "mean_lab", "nearest_lab"]
 
 
 def colour_distances(image, label):
@@ -207,22 +115,25 @@ def colour_distances(image, label):
         mean   = |mean of the pixels - label colour| <= pixels           fig. 5.7
         nearest = 1 if no other label colour is nearer to that mean, else 0
 
-    The two spaces have different units, black to white being 441.7 and 100: a smaller number in LAB means nothing (E64).
-    image: (H, W, 3) uint8; label: a name in COLOURS. Returns six numbers, in the order of COLOUR_METRICS.
+    The two spaces have different units: black to white is 441.7 in RGB and 100 in LAB. A smaller
+    number in LAB therefore means nothing (E64).
+    image: (H, W, 3) uint8; label: a name in COLOURS. Returns (6,), in the order of COLOUR_METRICS.
     """
-    own, numbers = {label: COLOURS[label]}, []
+    palette, numbers = {label: COLOURS[label]}, []
     for space in SPACES:
         pixels = rgb_to_lab(image) if space == "lab" else image
         mean = pixels.mean((0, 1), dtype=np.float64)
         nearest = list(COLOURS)[nearest_colour(mean, space)] == label
-        numbers += [label_distances(pixels, space, own).mean(), label_distances(mean, space, own).item(), nearest]
+        distances = [label_distances(colour, space, palette).mean() for colour in (pixels, mean)]
+        numbers += [*distances, nearest]
     return np.array(numbers, np.float64)
 
 
 def mean_colour_distances(images, classes):
-    """5.4.1, figure 5.7: the distance |mean of the pixels - label colour| in RGB, its mean over each row of images.
+    """5.4.1, figure 5.7: the RGB distance |mean of the pixels - label colour|, averaged per label.
 
-    images: (K or more, N, H, W, 3) uint8, one row a label. Returns (K,), or None where the labels are not those of table 4.1.
+    images: (K or more, N, H, W, 3) uint8, one row per label.
+    Returns (K,), or None if the labels are not those of table 4.1.
     """
     if list(classes) != list(COLOURS):
         return None
@@ -230,129 +141,130 @@ def mean_colour_distances(images, classes):
     return label_distances(mean_colour(images[labels]))[labels, :, labels].mean(1)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6.2  Metrics for small sets: kernel distance, precision and recall
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+MOST = 10_000  # features of a set that are used here, evenly spaced
+CHUNK = 256  # rows of a matrix of kernels or distances that are computed at a time
+NEIGHBOURS = 3
+remember = lru_cache(maxsize=4)  # per tensor object: the real features are used many times
 
 
-CHUNK = 256  # rows of a kernel or distance matrix at a time
+@remember
+def sample(x):
+    """At most MOST rows of x (n, d), evenly spaced."""
+    return x if len(x) <= MOST else x[np.linspace(0, len(x) - 1, MOST).astype(int)]
 
 
-def parts(x):
-    return (x[i : i + CHUNK].double() for i in range(0, len(x), CHUNK))
+def chunks(x):
+    return (part.double() for part in x.split(CHUNK))
 
 
 def kernel(x, y):
-    """6.2: the kernel of KID, k(x, y) = (x . y / d + 1)^3, for all pairs: (m, d), (n, d) -> (m, n)."""
+    """6.2: the kernel of KID, k(x, y) = (x . y / d + 1)^3; (m, d), (n, d) -> (m, n)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
+@remember
 def kernel_sums(x):
-    """sum_{j != i} k(x_i, x_j) for every i."""
+    """sum_{j != i} k(x_i, x_j) for every i. x: (n, d). Returns (n,)."""
     all_x = x.double()
-    return torch.cat([kernel(part, all_x).sum(1) - (part.square().mean(1) + 1) ** 3 for part in parts(x)])
+    own = (all_x.square().mean(1) + 1) ** 3  # k(x_i, x_i)
+    return torch.cat([kernel(part, all_x).sum(1) for part in chunks(x)]) - own
 
 
-def kernel_distance(x, y, x_sums=None, y_sums=None):
-    """6.2: squared kernel distance (MMD^2), unbiased at any number of images, with its standard error.
+def kernel_distance(x, y):
+    """6.2: squared kernel distance (MMD^2), unbiased at any number of images, with standard error.
 
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-    Being unbiased, it can come out below 0. The standard error is the jackknife's: the spread of the values found with one
-    image left out, which the row sums of k give at once.
-    x: (m, d), y: (n, d); x_sums, y_sums: their `kernel_sums` where known. Returns (value, standard error), NaN for a value
-    from fewer than 2 images or an error from fewer than 3.
+    It is unbiased, so it can be below 0. The standard error is the jackknife's: the spread of the
+    values with one image left out, which follow from the row sums of k.
+    x: (m, d), y: (n, d), tensors. Returns (value, standard error); the value is NaN for fewer than
+    2 images, the error for fewer than 3.
     """
+    x, y = sample(x), sample(y)
     m, n = len(x), len(y)
     if min(m, n) < 2:
         return math.nan, math.nan
-    xx = kernel_sums(x) if x_sums is None else x_sums
-    yy = kernel_sums(y) if y_sums is None else y_sums
-    xy, yx, all_y = [], 0, y.double()  # sums over y for every x, and over x for every y
-    for part in parts(x):
+    xx, yy, all_y = kernel_sums(x), kernel_sums(y), y.double()
+    xy, yx = [], 0  # sums over y for every x, and over x for every y
+    for part in chunks(x):
         k = kernel(part, all_y)
         xy.append(k.sum(1))
         yx = yx + k.sum(0)
     xy = torch.cat(xy)
-
     within_x, within_y = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1))
-    value = within_x + within_y - 2 * xy.sum() / (m * n)
+    value = (within_x + within_y - 2 * xy.sum() / (m * n)).item()
     if min(m, n) < 3:
-        return value.item(), math.nan
-    without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) + within_y - 2 * (xy.sum() - xy) / ((m - 1) * n)  # (m,)
-    without_y = (yy.sum() - 2 * yy) / ((n - 1) * (n - 2)) + within_x - 2 * (yx.sum() - yx) / ((n - 1) * m)  # (n,)
+        return value, math.nan
+    # the value without x_i, and without y_j, up to a constant
+    without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - xy) / ((m - 1) * n)
+    without_y = (yy.sum() - 2 * yy) / ((n - 1) * (n - 2)) - 2 * (yx.sum() - yx) / ((n - 1) * m)
     variance = sum((len(w) - 1) * w.var(correction=0) for w in (without_x, without_y))
-    return value.item(), variance.sqrt().item()
+    return value, variance.sqrt().item()
 
 
 def squared_distances(x, y):
-    """|x_i - y_j|^2, (m, n), from inner products; what is rounding error of an exact 0 is returned as 0."""
+    """|x_i - y_j|^2, (m, n), from inner products. Rounding errors of an exact 0 become 0."""
     lengths = x.square().sum(1)[:, None] + y.square().sum(1)
     distances = lengths - 2 * x @ y.T
     return distances.where(distances > 1e-12 * lengths, 0.0)
 
 
-NEIGHBOURS = 3
-
-
+@remember
 def squared_radii(x):
-    """The squared distance of every feature to its third nearest other one; the nearest of all is itself."""
-    all_x = x.double()
-    return torch.cat([squared_distances(part, all_x).kthvalue(NEIGHBOURS + 1).values for part in parts(x)])
+    """The squared distance from every feature to its third nearest other one. (n, d) -> (n,)."""
+    all_x, k = x.double(), NEIGHBOURS + 1  # the nearest feature of all is itself
+    return torch.cat([squared_distances(x, all_x).kthvalue(k).values for x in chunks(x)])
 
 
-def precision_recall(real, fake, real_radii=None, fake_radii=None):
-    """6.2: improved precision and recall: is what was generated realistic, and is all that is real generated?
+def precision_recall(real, fake):
+    """6.2: improved precision and recall. Do generated images look real? Are all real ones covered?
 
-    The support of a set is taken as the union of balls around its features, each reaching to the third nearest other feature.
-    precision = share of the fake features inside the support of the real ones, recall = the reverse.
-    real: (m, d), fake: (n, d); their `squared_radii` where known. Returns (precision, recall), NaN where a set has no more
-    than three images.
+    The support of a set is a union of balls, one around each feature; the radius is the distance to
+    the third nearest other feature. precision = share of the fake features in the support of the
+    real ones; recall = the reverse.
+    real: (m, d), fake: (n, d), tensors. Returns (precision, recall), NaN for fewer than 4 images.
     """
+    real, fake = sample(real), sample(fake)
     if min(len(real), len(fake)) <= NEIGHBOURS:
         return math.nan, math.nan
 
-    def share_inside(points, centres, radii):
-        radii, centres = squared_radii(centres) if radii is None else radii, centres.double()
-        return sum((squared_distances(p, centres) <= radii).any(1).sum().item() for p in parts(points)) / len(points)
+    def share_inside(points, centres):
+        radii, centres = squared_radii(centres), centres.double()
+        inside = [(squared_distances(x, centres) <= radii).any(1) for x in chunks(points)]
+        return torch.cat(inside).double().mean().item()
 
-    return share_inside(fake, real, real_radii), share_inside(real, fake, fake_radii)
-
-
-@torch.no_grad()
-def kernel_distance_of_images(images, real_features, features, batch=64):
-    """5.4.1 wishes to follow the distance during training: small samples will do where the distance is unbiased.
-
-    images: (B, H, W, 3) uint8 array or tensor, just generated; real_features: (m, d), `features` of real images, computed once;
-    features: a callable as above. Returns (value, standard error) of `kernel_distance`.
-    """
-    images = torch.as_tensor(images)
-    generated = torch.cat([features(part).cpu() for part in images.split(batch)])
-    return kernel_distance(generated, real_features)
+    return share_inside(fake, real), share_inside(real, fake)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 5.1.1  The Inception network of FID
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 5.1.1, 6.2  Features: functions of images (B, H, W, 3) uint8 -> (B, d)
+# --------------------------------------------------------------------------------------------------
 
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    "pt_inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 class Conv(nn.Module):
-    """relu(norm(conv x)), the only kind of layer in the network; "same" padding unless told otherwise."""
+    """relu(norm(conv x)), the only kind of layer in the network."""
 
-    def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
+    def __init__(self, c_in, c_out, size, stride=1, padding="same"):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.conv = nn.Conv2d(c_in, c_out, size, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=0.001)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)))
 
 
-def average(x):
-    """3 x 3 means that leave the padding out: where FID's network differs from the classifier torchvision has."""
+def average_pool(x):
+    """3 x 3 means that ignore the padding. Here FID's network differs from torchvision's."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -361,13 +273,14 @@ class MixedA(nn.Module):
         super().__init__()
         self.branch1x1 = Conv(c, 64, 1)
         self.branch5x5_1, self.branch5x5_2 = Conv(c, 48, 1), Conv(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3 = Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)
+        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 64, 1), Conv(64, 96, 3)
+        self.branch3x3dbl_3 = Conv(96, 96, 3)
         self.branch_pool = Conv(c, pool, 1)
 
     def forward(self, x):
         five = self.branch5x5_2(self.branch5x5_1(x))
         three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(average(x))], 1)
+        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(average_pool(x))], 1)
 
 
 class MixedB(nn.Module):
@@ -386,7 +299,8 @@ class MixedC(nn.Module):
     def __init__(self, c, w):
         super().__init__()
         self.branch1x1 = Conv(c, 192, 1)
-        self.branch7x7_1, self.branch7x7_2, self.branch7x7_3 = Conv(c, w, 1), Conv(w, w, (1, 7)), Conv(w, 192, (7, 1))
+        self.branch7x7_1, self.branch7x7_2 = Conv(c, w, 1), Conv(w, w, (1, 7))
+        self.branch7x7_3 = Conv(w, 192, (7, 1))
         self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(c, w, 1), Conv(w, w, (7, 1))
         self.branch7x7dbl_3, self.branch7x7dbl_4 = Conv(w, w, (1, 7)), Conv(w, w, (7, 1))
         self.branch7x7dbl_5 = Conv(w, 192, (1, 7))
@@ -396,7 +310,7 @@ class MixedC(nn.Module):
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))
-        return torch.cat([self.branch1x1(x), seven, twice, self.branch_pool(average(x))], 1)
+        return torch.cat([self.branch1x1(x), seven, twice, self.branch_pool(average_pool(x))], 1)
 
 
 class MixedD(nn.Module):
@@ -404,11 +318,13 @@ class MixedD(nn.Module):
         super().__init__()
         self.branch3x3_1, self.branch3x3_2 = Conv(c, 192, 1), Conv(192, 320, 3, stride=2, padding=0)
         self.branch7x7x3_1, self.branch7x7x3_2 = Conv(c, 192, 1), Conv(192, 192, (1, 7))
-        self.branch7x7x3_3, self.branch7x7x3_4 = Conv(192, 192, (7, 1)), Conv(192, 192, 3, stride=2, padding=0)
+        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
+        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2, padding=0)
 
     def forward(self, x):
         seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), seven, F.max_pool2d(x, 3, stride=2)], 1)
+        three = self.branch3x3_2(self.branch3x3_1(x))
+        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], 1)
 
 
 class MixedE(nn.Module):
@@ -430,10 +346,10 @@ class MixedE(nn.Module):
 
 
 class Inception(nn.Module):
-    """5.1.1: the feature network of FID, 2048 numbers an image, the mean of the last layer over its positions.
+    """5.1.1: the feature network of FID; 2048 features per image, the mean over all positions.
 
-    x: (B, 3, H, W) in [0, 1] -> (B, 2048). Sizes other than 299 are interpolated bilinearly, as the published tool does, whose
-    names and weights these are. `fc`, the classifier's head, is in the weight file but not in use.
+    x: (B, 3, H, W) in [0, 1] -> (B, 2048). Other sizes than 299 are interpolated bilinearly. Names
+    and weights are those of the published tool. `fc` is in the weight file but is not used.
     """
 
     def __init__(self):
@@ -443,13 +359,15 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = MixedA(192, 32), MixedA(256, 64), MixedA(288, 64)
+        self.Mixed_5b, self.Mixed_5c = MixedA(192, 32), MixedA(256, 64)
+        self.Mixed_5d = MixedA(288, 64)
         self.Mixed_6a = MixedB(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d = MixedC(768, 128), MixedC(768, 160), MixedC(768, 160)
-        self.Mixed_6e = MixedC(768, 192)
+        self.Mixed_6b, self.Mixed_6c = MixedC(768, 128), MixedC(768, 160)
+        self.Mixed_6d, self.Mixed_6e = MixedC(768, 160), MixedC(768, 192)
         self.Mixed_7a = MixedD(768)
-        self.Mixed_7b = MixedE(1280, pool=average)
-        self.Mixed_7c = MixedE(2048, pool=lambda x: F.max_pool2d(x, 3, stride=1, padding=1))  # not a slip: FID's has a maximum
+        self.Mixed_7b = MixedE(1280, pool=average_pool)
+        # not a slip: FID's last block takes the maximum
+        self.Mixed_7c = MixedE(2048, pool=lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
@@ -460,13 +378,14 @@ class Inception(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))  # (B, 288, 35, 35)
-        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
+        x = self.Mixed_6e(self.Mixed_6d(x))  # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # (B, 2048, 8, 8)
         return x.mean((2, 3))
 
 
 def inception_file(path=None, download=False):
-    """The weight file: `path`, else the one in torch's hub cache, fetched (96 MB) if `download`; None if it is not there."""
+    """`path`, or the weight file in torch's hub cache, fetched if `download`; None if missing."""
     if path:
         return Path(path)
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.split("/")[-1]
@@ -475,712 +394,324 @@ def inception_file(path=None, download=False):
         try:
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--download: {INCEPTION_URL} could not be fetched ({error})") from error
+            raise UserError(f"--download: cannot fetch {INCEPTION_URL} ({error})") from error
     return path if path.exists() else None
 
 
 def load_inception(path, sha256=INCEPTION_SHA256):
-    """The network with the published weights; UserError where the file is not the published one."""
-    try:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected Inception's weights, {INCEPTION_URL}") from error
-    if found != sha256:
-        raise UserError(f"{path}: not Inception's published weights (sha256 {found[:8]}..., expected {sha256[:8]}...)")
+    """The network with the published weights; UserError if the file is another one."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        hashes = f"sha256 {digest[:8]}..., expected {sha256[:8]}..."
+        raise UserError(f"{path}: not Inception's published weights ({hashes})")
     network = Inception()
-    counters = {name: value for name, value in network.state_dict().items() if name.endswith("num_batches_tracked")}
-    network.load_state_dict(counters | torch.load(path, map_location="cpu", weights_only=True))  # old files lack the counters
+    start = network.state_dict()
+    counters = {name: start[name] for name in start if name.endswith("num_batches_tracked")}
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(counters | weights)  # old files lack the counters
     return network.eval()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Features: any callable (B, H, W, 3) uint8 -> (B, d)
-# ------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Features:
-    """A feature function with what a reader of its numbers must know.
-
-    call: (B, H, W, 3) uint8 tensor -> (B, d); frechet, kernel: what the two distances over these features are called;
-    size: working size of the images; text: what they are, and what is done to an image of the working size.
-    """
-
-    name: str
-    call: object
-    size: int
-    text: str
-    frechet: str = "Frechet"
-    kernel: str = "kernel"
-
-    def __call__(self, images):
-        with torch.no_grad():
-            return self.call(images)
-
-
 def in_float32(network, device):
-    """The network as a function of x that computes in float32 on `device`, whatever the device or a training loop prefers."""
+    """The network as a function of x, computed in float32 on `device` even inside autocast."""
     network = network.float().to(device).eval()
 
+    @torch.no_grad()
+    @torch.autocast(torch.device(device).type, enabled=False)
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     def call(x):
-        with (
-            torch.autocast(torch.device(device).type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        ):
-            return network(x.to(device))
+        return network(x.to(device)).cpu()
 
     return call
 
 
-def inception_features(network, device="cpu", size=256):
-    """5.1.1: the features of FID."""
+def inception_features(network, device="cpu"):
+    """5.1.1: the features of FID, (B, 2048)."""
     network = in_float32(network, device)
-
-    def call(images):
-        return network(images.permute(0, 3, 1, 2).float() / 255)
-
-    text = "Inception pool features (2048), bilinear to 299 as in the published tool, float32"
-    return Features("inception", call, size, text, frechet="FID", kernel="KID")
+    return lambda images: network(images.permute(0, 3, 1, 2).float() / 255)
 
 
 def letters_classifier():
-    """A small network that names capital letters; all but its last layer give 64 features. x: (B, 1, 32, 32) in [-1, 1]."""
+    """A small network that classifies capital letters. x: (B, 1, 32, 32) in [-1, 1] -> (B, 26)."""
 
     def stage(c_in, c_out):
-        return nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()
+        conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
+        return conv, nn.BatchNorm2d(c_out), nn.ReLU()
 
-    head = nn.Flatten(), nn.Linear(128 * 4 * 4, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 26)
-    return nn.Sequential(*stage(1, 32), *stage(32, 64), *stage(64, 128), *head)
+    head = nn.Linear(128 * 4 * 4, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 26)
+    return nn.Sequential(*stage(1, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), *head)
 
 
-def letters_features(path=ASSETS / "letters_classifier.pt", device="cpu", size=32):
-    """6.2: features for letters that need no download, the last but one layer of a letters classifier."""
-    with torch.device("meta"):  # without start weights: a caller's random numbers stay as they are
+def letters_features(path=data.ASSETS / "letters_classifier.pt", device="cpu"):
+    """6.2: features for letters at 32 x 32 without a download, (B, 64).
+
+    The last but one layer of a classifier, which assets/make_letters_classifier.py has made.
+    """
+    with torch.device("meta"):  # draws no start weights: a caller's random numbers stay the same
         network = letters_classifier()
     try:
-        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), assign=True)
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a letters classifier; python fid.py --train-classifier FILE makes one") from error
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(weights, assign=True)
+    except Exception as error:  # torch raises whatever it meets in a file of another kind
+        make = "python assets/make_letters_classifier.py FILE"
+        raise UserError(f"{path}: not a letters classifier; {make} makes one") from error
     network = in_float32(network[:-1], device)
-
-    def call(images):
-        return network(images.permute(0, 3, 1, 2).float().mean(1, keepdim=True) / 127.5 - 1)
-
-    return Features("letters", call, size, f"letters classifier, last but one layer (64), {Path(path).name}")
+    return lambda images: network(images.float().mean(3)[:, None] / 127.5 - 1)
 
 
-def train_letters_classifier(path, epochs=12, batch=128, seed=0):
-    """How assets/letters_classifier.pt was made: the training fonts, turned, sheared, scaled and shifted at random.
+def paintings_features(images):
+    """6.2: features for abstract pictures without download or training. (B, H, W, 3) -> (B, 130).
 
-    Returns the share of letters of the validation fonts it names. Saved in half precision.
+    Which colours: square roots of the shares of 4 x 5 x 5 boxes of CIE-LAB, so that distances are
+    Hellinger's. How much change at which scale: for L, a, b at 1, 2, 4, 8 and 16 pixels, the
+    logarithm of the mean squared difference of neighbours, down and across. Fixed factors give both
+    parts a variance of about half a unit per feature over assorted abstract pictures.
     """
-    letters = open_letters()
-    train, validation = letters.split()
-    torch.manual_seed(seed)
-    network = letters_classifier()
-    updates = epochs * len(train) // batch
-    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, updates)
-    order = torch.cat([torch.randperm(len(train)) for _ in range(epochs)]).numpy()
-    for n in tqdm(range(updates), "letters classifier", unit="update", disable=None):
-        x, y = letters.batch(train[order[n * batch : (n + 1) * batch]])
-        A = torch.eye(2, 3) + torch.randn(batch, 2, 3) * 0.12
-        x = F.grid_sample(x[:, :1] + 1, F.affine_grid(A, (batch, 1, 32, 32), align_corners=False), align_corners=False) - 1
-        F.cross_entropy(network(x), y, label_smoothing=0.1).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    x, y = letters.batch(validation)
-    network.eval()
-    with whole_file(path) as temporary:
-        torch.save(network.half().state_dict(), temporary)
-    network.float()
-    with torch.no_grad():
-        return (network(x[:, :1]).argmax(1) == y).double().mean().item()
+    lab = torch.from_numpy(rgb_to_lab(images.numpy())).float()  # (B, H, W, 3)
+    low, width, count = torch.tensor([[0.0, -50.0, -50.0], [25.0, 20.0, 20.0], [4, 5, 5]])
+    box = ((lab - low) / width).floor().clamp(min=torch.zeros(3), max=count - 1).long()
+    box = (box[..., 0] * 25 + box[..., 1] * 5 + box[..., 2]).flatten(1)  # (B, N)
+    shares = torch.zeros(len(lab), 100).scatter_add_(1, box, torch.ones(box.shape)) / box.shape[1]
+    energies, x = [], lab.permute(0, 3, 1, 2)
+    for _ in range(5):
+        energies += [x.diff(dim=axis).square().mean((2, 3)) for axis in (2, 3)]
+        x = F.avg_pool2d(x, 2)
+    energies = (torch.cat(energies, 1) + 0.1).log()  # (B, 30)
+    return torch.cat([8 * shares.sqrt(), 0.8 * (energies - 2)], 1)
 
 
-def paintings_features(size=256):
-    """6.2: features for abstract pictures, without download or training: which colours, and how much change at which scale.
+FEATURES = {
+    "inception": "Inception's pool features (2048), bilinear to 299: frechet is FID, kernel is KID",
+    "letters": "letters classifier, last but one layer (64)",
+    "paintings": "LAB histogram (100) and gradient energies at five scales (30)",
+    "none": "none",
+}
 
-    The square roots of the shares of 4 x 5 x 5 boxes of CIE-LAB, so that distances are Hellinger's; and for L, a, b at 1, 2,
-    4, 8 and 16 pixels the logarithm of the mean squared difference of neighbours, across and down. Fixed factors bring both
-    parts to a variance of about half a unit a feature over assorted abstract pictures. (B, H, W, 3) uint8 -> (B, 130).
+
+def offline_features(classes):
+    """6.2: which features need no download: letters if all classes are capital letters."""
+    letters = len(classes) > 1 and set(classes) <= set(data.ALPHABET)
+    return "letters" if letters else "paintings"
+
+
+def choose_features(args, classes):
+    """The features for --features: (name, function or None, size of the images)."""
+    name, size = args.features, args.size or 256
+    if name in ("auto", "inception"):
+        file = inception_file(args.inception, args.download)
+        if file:
+            return "inception", inception_features(load_inception(file), args.device), size
+        missing = "Inception's weights are missing; use --download (96 MB) or --inception FILE"
+        if name == "inception":
+            raise UserError(missing)
+        name = offline_features(classes)
+        print(f"note: no FID, {missing}; taking the features for {name}", file=sys.stderr)
+    if name == "letters":
+        if args.size not in (None, 32):
+            raise UserError(f"--size {size}: the features for letters need 32; leave --size out")
+        return name, letters_features(args.classifier, args.device), 32
+    return name, paintings_features if name == "paintings" else None, size
+
+
+# --------------------------------------------------------------------------------------------------
+# 5.4  The comparison of sets, as tables and bar charts
+# --------------------------------------------------------------------------------------------------
+
+
+def measure(name, images, features, size, batch=32):
+    """One pass over a set: label -> (features (n, d) float32, colour distances (n, 6)).
+
+    The whole set has the label "all". Without a colour label, colour distances are NaN. Images that
+    cannot be decoded are left out; one line counts and names them.
+    name: for messages; images: a `data.ImageSet`; features: a function of images, or None.
     """
+    source, count = images.images, len(images.labels)
 
-    def call(images):
-        lab = torch.from_numpy(rgb_to_lab(images.numpy())).float()  # (B, H, W, 3)
-        low, width, count = torch.tensor([[0.0, -50.0, -50.0], [25.0, 20.0, 20.0], [4, 5, 5]])
-        box = ((lab - low) / width).floor().clamp(min=torch.zeros(3), max=count - 1).long()
-        box = (box[..., 0] * 25 + box[..., 1] * 5 + box[..., 2]).flatten(1)  # (B, N)
-        shares = torch.zeros(len(lab), 100).scatter_add_(1, box, torch.ones(box.shape)) / box.shape[1]
-        energies, x = [], lab.permute(0, 3, 1, 2)
-        for _ in range(5):
-            energies += [x.diff(dim=axis).square().mean((2, 3)) for axis in (2, 3)]
-            x = F.avg_pool2d(x, 2)
-        energies = (torch.cat(energies, 1) + 0.1).log()  # (B, 30)
-        return torch.cat([8 * shares.sqrt(), 0.8 * (energies - 2)], 1)
-
-    return Features("paintings", call, size, "LAB histogram (100) and gradient energies at five scales (30)")
-
-
-def offline_features(classes, size=256, device="cpu"):
-    """6.2: the features that come along: those for letters where all classes are some of A to Z, else those for paintings."""
-    return letters_features(device=device) if set(classes) <= set(ALPHABET) else paintings_features(size)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Sets of images, decoded one by one
-# ------------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def memory_map(path):
-    return np.load(path, mmap_mode="r")
-
-
-class Source(Dataset):
-    """A set of images for the loader: every item is brought to `size` x `size` by `crop_and_resize`, the project's one resize.
-
-    images: list of files, array (N, H, W[, C]) uint8, or the path of such an .npy; labels: (n,) numbers; classes: label names;
-    places: (n,) where in `images` they are, if that is not in order.
-    Names of colours are put into the order of table 4.1, others are sorted by their number.
-    """
-
-    def __init__(self, name, images, labels, classes, places=None):
-        order = sorted(range(len(classes)), key=lambda i: COLOUR_ORDER.get(classes[i].lower(), len(COLOURS)))
-        rank = np.argsort(order)
-        self.name, self.images, self.labels = str(name), images, rank[labels]
-        self.classes = [classes[i].lower() if classes[i].lower() in COLOURS else classes[i] for i in order]
-        self.places = np.arange(len(labels)) if places is None else places
-        self.size = None
-
-    def __len__(self):
-        return len(self.labels)
-
-    def counts(self):
-        """label -> number of images, without the labels that have none."""
-        counts = np.bincount(self.labels, minlength=len(self.classes)).tolist()
-        return {label: count for label, count in zip(self.classes, counts) if count}
-
-    def rows(self, label):
-        """The rows of a label in a fixed random order, so that the first few are a sample of all."""
-        return np.random.default_rng(0).permutation(np.flatnonzero(self.labels == label))
-
-    def __getitem__(self, row):
-        """(image (size, size, 3) uint8, the six colour distances or NaN, width and height it had); or the UserError."""
+    def load(row):
+        """(row, image, colour distances), or the reason to leave the image out."""
+        label = images.classes[images.labels[row]]
         try:
-            if isinstance(self.images, list):
-                with open_image(self.images[row]) as file:
-                    shape = file.size
-                image = load_image(self.images[row], self.size)
-            else:
-                array = memory_map(self.images) if isinstance(self.images, Path) else self.images
-                image = np.asarray(array[self.places[row]]).squeeze()
-                shape = image.shape[1::-1]
-                image = np.asarray(crop_and_resize(Image.fromarray(image), self.size).convert("RGB"))
-        except UserError as error:  # an exception would reach the main process as a page of text
-            return error
-        label = self.classes[self.labels[row]]
-        colours = colour_distances(image, label) if label in COLOURS else np.full(len(COLOUR_METRICS), np.nan)
-        return torch.from_numpy(image.copy()), torch.from_numpy(colours), torch.tensor(shape)
+            file = isinstance(source, data.Files)
+            image = data.decode(source.files[row], size) if file else data.fit(source[row], size)
+        except UserError as reason:
+            return f"{source.files[row].name} ({reason})"
+        return row, image, colour_distances(image, label) if label in COLOURS else [math.nan] * 6
 
-
-def open_source(path, scratch):
-    """The set that the user named: folder, packed set, .npz, or letters, paintings, letters:train, letters:validation, ...
-
-    scratch: a folder for temporary files. Raises UserError where there is no such set.
-    """
-    name, _, part = str(path).partition(":")
-    path = Path(path)
-    if name in BUILT_IN and not path.exists():
-        return open_built_in(path, name, part)
-    if path.is_dir():
-        return open_packed_folder(path) if (path / "set.json").exists() else open_tree(path)
-    if path.exists():
-        return open_npz(path, scratch)
-    raise UserError(f"{path}: no such file or folder; python sample.py --per-label N --out DIR makes such a set")
-
-
-BUILT_IN = {"letters": open_letters, "paintings": open_paintings}
-
-
-def open_built_in(path, name, part):
-    """A set that comes with the project, or the part of it that is trained on or not."""
-    built_in = BUILT_IN[name]()
-    rows = dict(zip(("train", "validation"), built_in.split())) | {"": np.arange(len(built_in.labels))}
-    if part not in rows:
-        raise UserError(f"{path}: expected {name}, {name}:train or {name}:validation")
-    images = built_in.images
-    images = Path(images.filename) if isinstance(images, np.memmap) else images
-    return Source(path, images, built_in.labels[rows[part]], built_in.classes, rows[part])
-
-
-def open_tree(root):
-    """A flat folder of images, or one with a folder of images a label; a chain of single folders is followed down."""
-    folder = root
-    while True:
-        files = sorted(file for file in folder.iterdir() if is_image(file))
-        inside = subfolders(folder)
-        if files or len(inside) != 1 or any(is_image(file) for file in inside[0].iterdir()):
-            break
-        folder = inside[0]
-    if files:
-        labelled = [sub.name for sub in inside if any(is_image(file) for file in sub.iterdir())]
-        if labelled:
-            raise UserError(f"{folder}: images both in it and in its folder {labelled[0]}; keep one or the other")
-        return Source(root, files, np.zeros(len(files), int), ["all"])
-    if not inside:
-        raise UserError(f"{folder}: no images in it; expected images, or one folder of images a label")
-    labels = []
-    for i, sub in enumerate(inside):
-        found = sorted(file for file in sub.iterdir() if is_image(file))
-        if not found:
-            raise UserError(f"{sub}: no images in it; remove the folder")
-        files += found
-        labels += [i] * len(found)
-    return Source(root, files, np.array(labels), [sub.name for sub in inside])
-
-
-def open_packed_folder(path):
-    try:
-        classes = json.loads((path / "set.json").read_text())["classes"]
-        labels = np.load(path / "labels.npy")
-        if len(memory_map(path / "images.npy")) != len(labels):
-            raise ValueError("as many labels as images are needed")
-        if not all(0 <= label < len(classes) for label in np.unique(labels)):
-            raise ValueError("labels without a name")
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-        raise UserError(f"{path}: a packed set that cannot be read ({error}); remove it and pack it again") from error
-    return Source(path, path / "images.npy", labels, classes)
-
-
-def open_npz(path, scratch):
-    """An .npz with `images` (N, H, W[, 1 or 3]) uint8 and perhaps `labels`, names or numbers that count from A.
-
-    The images are unpacked to the disk and read from there: the file may be larger than the memory.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if "images.npy" not in archive.namelist():
-                raise UserError(f"{path}: no array images; it holds: {', '.join(Path(n).stem for n in archive.namelist())}")
-            folder = Path(tempfile.mkdtemp(dir=scratch))
-            archive.extract("images.npy", folder)
-        images = memory_map(folder / "images.npy")
-        with np.load(path, allow_pickle=False) as file:
-            labels = file["labels"] if "labels" in file.files else np.full(len(images), "all")
-    except (OSError, ValueError, TypeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not an .npz file that can be read") from error
-    check_npz(path, images, labels)
-    values, numbers = np.unique(labels, return_inverse=True)
-    letters = labels.dtype.kind in "iu" and values.min() >= 0 and values.max() < len(ALPHABET)
-    return Source(path, folder / "images.npy", numbers, [ALPHABET[v] if letters else str(v) for v in values])
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# One pass over a set: everything that is compared
-# ------------------------------------------------------------------------------------------------------------------
-
-
-class Measured:
-    """What is kept of a set or of one label: statistics of the features, some of the features, sums of the colour distances."""
-
-    def __init__(self):
-        self.count, self.statistics, self._kept = 0, Statistics(), []
-        self.colours, self.coloured = torch.zeros(len(COLOUR_METRICS), dtype=torch.float64), 0
-        self.sizes = []  # the smallest and the largest (width, height)
-
-    @property
-    def kept(self):
-        """(m, d): a random sample of the features, all of them where there are few."""
-        if len(self._kept) != 1:
-            self._kept = [torch.cat(self._kept)] if self._kept else [torch.zeros(0, 0)]
-        return self._kept[0]
-
-    @cached_property
-    def kernel_sums(self):
-        return kernel_sums(self.kept)
-
-    @cached_property
-    def squared_radii(self):
-        return squared_radii(self.kept) if len(self.kept) > NEIGHBOURS else None
-
-    def add(self, features, colours, sizes, keep):
-        """A batch; features: None where none are wanted. The first `keep` are kept: rows come in random order."""
-        if features is not None:
-            self.statistics.add(features)
-            if self.count < keep:
-                self._kept.append(features[: keep - self.count].float().cpu().clone())  # a view would keep the whole batch
-        self.count += len(colours)
-        if not colours.isnan().any():
-            self.colours += colours.sum(0)
-            self.coloured += len(colours)
-        self.sizes = ends(self.sizes + sizes.tolist())
-
-    def absorb(self, other, share):
-        """Add another group. Of its features `share` of its number is kept: the same in all groups, so the sample is fair."""
-        self.count += other.count
-        self.colours += other.colours
-        self.coloured += other.coloured
-        self.sizes = ends(self.sizes + other.sizes)
-        if other.statistics.count:
-            self.statistics.merge(other.statistics)
-            self._kept.append(other.kept[: round(share * other.count)].clone())
-
-    def colour_means(self):
-        """name -> mean over the images; None where not all labels are colours."""
-        if not self.coloured or self.coloured < self.count:
-            return None
-        return dict(zip(COLOUR_METRICS, (self.colours / self.coloured).tolist()))
-
-
-def ends(sizes):
-    return [min(sizes), max(sizes)]
-
-
-def measure(source, features, keep=10_000, batch=32, workers=0):
-    """One pass over a set: an iterator of (label, Measured), label by label. features: a callable, or None for colours only."""
-    rows = [(label, source.rows(i)) for i, label in enumerate(source.classes)]
-    batches = [(label, part[i : i + batch].tolist()) for label, part in rows for i in range(0, len(part), batch)]
-    loader = DataLoader(source, batch_sampler=[part for _, part in batches], num_workers=workers, collate_fn=collate)
-    with tqdm(total=len(source), desc=source.name, unit="image", disable=None) as bar:
-        loaded = zip(batches, loader)
-        for label, own in groupby(loaded, key=lambda item: item[0][0]):
-            group = Measured()
-            for _, items in own:
-                if isinstance(items, UserError):
-                    raise items
-                images, colours, sizes = items
-                group.add(features and features(images), colours, sizes, keep)
-                bar.update(len(images))
-            yield label, group
-
-
-def collate(items):
-    """A batch, or the first error in it."""
-    error = next((item for item in items if isinstance(item, UserError)), None)
-    return error or [torch.stack(column) for column in zip(*items)]
-
-
-def save_measured(path, groups, about):
-    """label -> Measured to a file, to be compared with again without looking at an image; about: what must be the same then."""
-    content = {label: vars(group) | {"statistics": vars(group.statistics)} for label, group in groups.items()}
-    with whole_file(path) as temporary:
-        torch.save({"about": about, "groups": content}, temporary)
-
-
-def load_measured(path):
-    """(label -> Measured, about) from a file of `save_measured`."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict):
-            raise TypeError(type(content))
-        groups = {}
-        for label, saved in content["groups"].items():
-            groups[label] = group = Measured()
-            vars(group.statistics).update(saved.pop("statistics"))
-            vars(group).update(saved)
-        return groups, content["about"]
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError, pickle.PickleError) as error:
-        raise UserError(f"{path}: not a file that --save-real wrote") from error
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 5.4  The comparison, as table and bar charts
-# ------------------------------------------------------------------------------------------------------------------
+    loaded = iter(tqdm(data.threaded(load, range(count)), name, count, unit="image", disable=None))
+    rows, x, colours, left_out = [], [torch.zeros(0)], [], []
+    while part := list(islice(loaded, batch)):
+        left_out += [item for item in part if isinstance(item, str)]
+        if good := [item for item in part if not isinstance(item, str)]:
+            index, pixels, distances = zip(*good)
+            pixels = torch.from_numpy(np.stack(pixels))
+            x.append(features(pixels) if features else torch.zeros(len(good), 0))
+            rows += index
+            colours += distances
+    if left_out:
+        some = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+        print(f"note: {name}: {len(left_out)} of {count:,} left out: {some}", file=sys.stderr)
+    x, colours, labels = torch.cat(x), np.array(colours), images.labels[np.array(rows, int)]
+    members = {images.classes[i]: labels == i for i in np.unique(images.labels)}
+    return {label: (x[i], colours[i]) for label, i in members.items()} | {"all": (x, colours)}
 
 
 def compare(real, fake):
-    """5.4: all distances between two Measured, with both counts."""
-    value, error = kernel_distance(real.kept, fake.kept, real.kernel_sums, fake.kernel_sums)
-    precision, recall = precision_recall(real.kept, fake.kept, real.squared_radii, fake.squared_radii)
+    """5.4: all distances between two sets of features, both counts, and the MARKS of the row."""
+    few = min(len(real), len(fake))
+    (value, error), (precision, recall) = kernel_distance(real, fake), precision_recall(real, fake)
     return {
-        "images": fake.count,
-        "real": real.count,
-        "frechet": frechet_distance(real.statistics, fake.statistics),
+        "images": len(fake),
+        "real": len(real),
+        "frechet": frechet_distance(real, fake),
         "kernel": value,
         "kernel_error": error,
         "precision": precision,
         "recall": recall,
+        "marks": "*" * (few <= real.shape[1]) + "~" * (abs(value) < 2 * error) + "?" * (few < 100),
     }
 
 
-def distance_table(rows, features, d):
-    """Lines of a table of rows of `compare`, and the marks that were needed."""
-    marks, cells = set(), []
-    for row in rows:
-        few, near = min(row["images"], row["real"]), abs(row["kernel"]) < 2 * row["kernel_error"]
-        mark = ("*" if few <= d else "", "~" if near else "", "?" if few < 100 else "")
-        marks |= set(mark)
-        cells.append(
-            (
-                row["label"],
-                row["set"],
-                f"{row['images']:,}",
-                f"{row['real']:,}",
-                f"{row['frechet']:.3f}{mark[0]:1}",
-                f"{row['kernel']:.4f} ± {row['kernel_error']:.4f}{mark[1]:1}",
-                f"{row['precision']:.2f}{mark[2]:1}",
-                f"{row['recall']:.2f}{mark[2]:1}",
-            )
-        )
-    return table(("label", "set", "images", "real", features.frechet, features.kernel, "precision", "recall"), cells), marks
+MARKS = {
+    "*": "no more images than features on one side: the covariance is singular and the distance\n"
+    "  biased upwards; compare only rows with equal counts (E61)",
+    "~": "the kernel distance is within two standard errors of 0: no difference is shown",
+    "?": "fewer than 100 images: chance alone moves precision and recall by 0.1 and more",
+}
+FIGURES = {
+    "figure_5_5": ["frechet"],
+    "kernel_distance": ["kernel"],
+    "figure_5_6": ["pixels_rgb", "pixels_lab"],
+    "figure_5_7": ["mean_rgb", "mean_lab"],
+}
 
 
-def table(header, rows):
-    """Rows of words as lines, the first two columns to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in (header, *rows)
-    ]
-
-
-def explain(marks, d):
-    """What the marks in a table warn of."""
-    text = {
-        "*": f"* no more images than features ({d}) on one side: the covariance is singular and the distance biased upwards; "
-        "compare only rows with equal counts (E61)",
-        "~": "~ within two standard errors of 0: these counts show no difference",
-        "?": "? fewer than 100 images: chance alone moves precision and recall by 0.1 and more",
+def evaluate(args):
+    """Open, measure and compare all sets. Returns the content of evaluation.json."""
+    paths = {"real": args.real} | named_sets(args.fake)
+    sets = {name: data.open_set(path, args.size, pack=False) for name, path in paths.items()}
+    labels = {name: [s.classes[i] for i in np.unique(s.labels)] for name, s in sets.items()}
+    for name in paths:
+        if args.per_label and (labels[name] == ["all"] or {*labels[name]} != {*labels["real"]}):
+            both = [f"{paths[n]} has {', '.join(labels[n])}" for n in ("real", name)]
+            raise UserError(f"--per-label needs the same class folders twice; {'; '.join(both)}")
+    kind, features, size = choose_features(args, labels["real"])
+    groups = {name: measure(name, s, features, size, args.batch) for name, s in sets.items()}
+    own, against_all, colour = [], [], []
+    for label in [*labels["real"], "all"] if args.per_label else ["all"]:
+        for name, path in paths.items():
+            x, colours = groups[name][label]
+            if len(x) < 2:
+                raise UserError(f"{path}: {len(x)} image with label {label}; at least 2 are needed")
+            row = {"label": label, "set": name, "images": len(x)}
+            if not np.isnan(colours).any():
+                colour.append(row | dict(zip(COLOUR_METRICS, colours.mean(0).tolist())))
+            if features and name != "real":
+                against_all.append(row | compare(groups["real"]["all"][0], x))
+                if label != "all":
+                    own.append(row | compare(groups["real"][label][0], x))
+    return {
+        "sets": paths,
+        "kind": kind,
+        "features": FEATURES[kind],
+        "resize": f"centre square, Pillow Lanczos to {size} x {size}",
+        "own": own,
+        "all": against_all,
+        "colour": colour,
     }
-    return [text[mark] for mark in text if mark in marks]
-
-
-def colour_table(rows):
-    header = (
-        "label",
-        "set",
-        "images",
-        *(f"{metric} {space.upper()}" for space in SPACES for metric in ("5.6", "5.7", "nearest")),
-    )
-    cells = [
-        (row["label"], row["set"], f"{row['images']:,}")
-        + tuple(f"{row[name]:.0%}" if "nearest" in name else f"{row[name]:.1f}" for name in COLOUR_METRICS)
-        for row in rows
-    ]
-    return table(header, cells)
-
-
-def save_panels(path, panels):
-    """Charts one above the other, as one PNG."""
-    with whole_file(path) as temporary:
-        stacked(panels).save(temporary)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def parse():
-    p = argparse.ArgumentParser(description="How near generated images come to real ones.")
-    p.add_argument(
-        "--real",
-        help="real images: folder, packed set, .npz, letters or paintings[:train|:validation], or a .pt of --save-real",
-    )
-    p.add_argument("--fake", nargs="+", metavar="[NAME=]SET", help="generated images, one or several sets side by side")
-    p.add_argument("--per-label", action="store_true", help="every label against its own real images and against all")
-    p.add_argument(
-        "--features",
-        choices=("auto", "inception", "letters", "paintings", "none"),
-        default="auto",
-        help="auto = inception if its weights are there, else letters for sets of A to Z, else paintings; none = colours only",
-    )
-    p.add_argument("--inception", metavar="FILE", help="Inception's weights (default: in torch's hub cache)")
-    p.add_argument("--download", action="store_true", help="fetch Inception's weights (96 MB) into torch's hub cache")
-    p.add_argument("--classifier", metavar="FILE", help="letters classifier (default: the one that comes with the project)")
-    p.add_argument("--train-classifier", metavar="FILE", help="train a letters classifier (half a minute) and do nothing else")
-    p.add_argument("--size", type=int, help="working size that every image is brought to (default 256; letters 32)")
-    p.add_argument("--keep", type=int, default=10_000, help="most features kept for kernel distance, precision, recall (10000)")
-    p.add_argument("--save-real", metavar="FILE", help="keep what was measured of the real images, for --real FILE next time")
-    p.add_argument("--batch", type=int, default=32, help="images at a time (default 32)")
-    p.add_argument("--workers", type=int, help="processes that decode images (default: one a core, at most 8)")
-    p.add_argument("--device", help="cuda, mps or cpu, for the features (default: cuda if it is there)")
-    p.add_argument("--out", default="runs/evaluation", help="folder for evaluation.json and the figures (runs/evaluation)")
-    return p.parse_args()
-
-
-def choose_features(args, classes):
-    """The features that --features asks for; None for none."""
-    device, name = args.device or ("cuda" if torch.cuda.is_available() else "cpu"), args.features
-    check_device(device)
-    if name in ("auto", "inception"):
-        file = inception_file(args.inception, args.download)
-        if file:
-            return inception_features(load_inception(file), device, args.size or 256)
-        missing = "Inception's weights are not there: --download fetches them (96 MB), --inception FILE says where they are"
-        if name == "inception":
-            raise UserError(missing)
-        name = "letters" if set(classes) <= set(ALPHABET) else "paintings"
-        print(f"note: no FID, {missing}; using the features for {name}", file=sys.stderr)
-    if name == "letters":
-        if args.size not in (None, 32):
-            raise UserError(
-                f"--size {args.size}: the letters classifier takes 32 pixels; leave --size out or choose other features"
-            )
-        return letters_features(args.classifier or ASSETS / "letters_classifier.pt", device)
-    if name == "paintings" and args.size and args.size < 32:
-        raise UserError(f"--size {args.size}: these features need 32 pixels or more")
-    return paintings_features(args.size or 256) if name == "paintings" else None
-
-
-def check_labels(name, counts, real, per_label):
-    """Refuse before anything is computed: too few images, or labels that are on one side only. counts: label -> images."""
-    if sum(counts.values()) < 2:
-        raise UserError(f"{name}: only {sum(counts.values())} image; a covariance needs at least 2")
-    if not per_label:
-        return
-    if list(counts) == ["all"]:
-        raise UserError(f"{name}: no labels; leave out --per-label, or put the images into one folder a label")
-    single = [label for label, count in counts.items() if count < 2]
-    if single:
-        raise UserError(f"{name}: label {single[0]} has 1 image; --per-label needs at least 2 of every label")
-    if counts.keys() != real.keys():
-        missing, extra = sorted(real.keys() - counts.keys()), sorted(counts.keys() - real.keys())
-        sides = [f"{who} lacks {', '.join(which)}" for who, which in ((name, missing), ("--real", extra)) if which]
-        raise UserError(f"--per-label needs the same labels on both sides: {'; '.join(sides)}")
 
 
 def named_sets(items):
-    """["ldm=DIR", "DIR2"] -> {"ldm": "DIR", "DIR2": "DIR2"}; without a name a set is called after its folder."""
+    """["ldm=DIR", "DIR2"] -> {"ldm": "DIR", "DIR2": "DIR2"}; a set has the name of its folder."""
     sets = {}
     for item in items:
-        name, found, path = item.partition("=")
-        if not found or Path(item).exists():
+        name, equals, path = item.partition("=")
+        if not equals or Path(item).exists():
             name, path = Path(os.path.abspath(item)).name, item
         if name in sets or name == "real":
-            raise UserError(f"--fake {item}: the name {name!r} is taken; give another with NAME={path}")
+            raise UserError(f"--fake {item}: the name {name!r} is taken; use NAME={path}")
         sets[name] = path
     return sets
 
 
-def evaluate(args, scratch):
-    """Open, check, measure, compare. Returns the features and what was found, a dict for evaluation.json."""
-    names = named_sets(args.fake)
-    fakes = {name: open_source(path, scratch) for name, path in names.items()}
-    if Path(args.real).suffix == ".pt":
-        groups, measured_with = load_measured(args.real)
-        counts = {label: group.count for label, group in groups.items()}
-    else:
-        source, groups = open_source(args.real, scratch), None
-        counts = source.counts()
-    check_labels(args.real, counts, counts, args.per_label)
-    for name, fake in fakes.items():
-        check_labels(names[name], fake.counts(), counts, args.per_label)
+def print_table(title, rows):
+    """Counts and words as they are, other numbers with four digits."""
+    names = [name for name in rows[0] if name not in ("label", "set")]
+    width = {name: max(9, len(name) + 1) for name in names}
+    head = "".join(f"{name:>{width[name]}}" for name in names)
+    print(f"\n{title}\n{'label':10} {'set':18}{head}")
+    for row in rows:
+        cells = [f"{row[n]:.4g}" if isinstance(row[n], float) else str(row[n]) for n in names]
+        cells = "".join(f"{cell:>{width[name]}}" for cell, name in zip(cells, names))
+        print(f"{row['label']:10} {row['set']:18}{cells}".rstrip())
 
-    features = choose_features(args, counts)
-    size = features.size if features else args.size or 256
-    about = {"features": features.text if features else "none", "resize": f"centre square, Pillow Lanczos to {size} x {size}"}
-    about |= {"keep": args.keep}
 
-    def measured(source):
-        source.size = size
-        few = len(source) < 500  # starting processes would take longer
-        workers = args.workers if args.workers is not None else 0 if few else min(8, os.cpu_count() or 1)
-        return measure(source, features, args.keep, args.batch, workers)
-
-    if groups is None:
-        groups = dict(measured(source))
-    elif measured_with != about:
-        raise UserError(f"{args.real}: measured with {measured_with}, not with {about}")
-    if args.save_real:
-        save_measured(args.save_real, groups, about)
-    everything = {"real": Measured()}
-    for group in groups.values():
-        everything["real"].absorb(group, min(1, args.keep / sum(counts.values())))
-
-    own, against_all = [], []  # the two columns of figure 5.5
-    colours = [colour_row("real", label, group) for label, group in groups.items() if args.per_label]
-    for name, fake in fakes.items():
-        everything[name] = Measured()
-        for label, group in measured(fake):
-            everything[name].absorb(group, min(1, args.keep / len(fake)))
-            if args.per_label:
-                colours.append(colour_row(name, label, group))
-            if args.per_label and features:
-                own.append({"label": label, "set": name, **compare(groups[label], group)})
-                against_all.append({"label": label, "set": name, **compare(everything["real"], group)})
-        if features:
-            against_all.append({"label": "all", "set": name, **compare(everything["real"], everything[name])})
-    colours += [colour_row(name, "all", group) for name, group in everything.items()]
-    order = [*counts, "all"]
-    own, against_all, colours = (
-        sorted((row for row in rows if row), key=lambda row: order.index(row["label"])) for rows in (own, against_all, colours)
-    )
-    return features, {
-        "real": args.real,
-        "sets": names,
-        **about,
-        "dimensions": everything["real"].kept.shape[1] if features else 0,
-        "sizes": {name: group.sizes for name, group in everything.items()},
-        "own": own,
-        "all": against_all,
-        "colour": colours,
+def report(results, out):
+    """Print the tables, and one line per mark in them; save evaluation.json and the figures."""
+    print(f"features: {results['features']}; images: {results['resize']}")
+    over = f"distance over {results['kind']} features"
+    titles = {
+        "own": f"{over} to the real images of the same label",
+        "all": f"{over} to all real images",
     }
-
-
-def colour_row(name, label, group):
-    means = group.colour_means()
-    return means and {"label": label, "set": name, "images": group.count, **means}
-
-
-def report(features, found, out):
-    """Tables on the terminal; evaluation.json and the figures in `out`."""
-    print(f"features: {found['features']}; images: {found['resize']}")
-    size = features.size if features else 0
-    for name, sizes in found["sizes"].items():
-        (w, h), (w_max, h_max) = sizes[0], sizes[-1]
-        if (w, h) != (w_max, h_max):
-            print(f"note: {name}: sizes from {w} x {h} to {w_max} x {h_max}; the centre square of each was resized")
-        if min(w, h) < size:
-            print(f"note: {name}: images of {w} x {h} were enlarged; details finer than that are not there to compare")
-    marks, d, panels = set(), found["dimensions"], []
-    for key, title in (("own", "Against the real images of the same label"), ("all", "Against all real images")):
-        if found[key]:
-            lines, more = distance_table(found[key], features, d)
-            marks |= more
-            print("", title, *lines, sep="\n")
-            panels.append((found[key], title))
-    for line in explain(marks, d):
-        print(line)
-    with whole_file(out / "evaluation.json") as temporary:
-        plain = json.loads(json.dumps(found), parse_constant=lambda name: None)  # JSON has no NaN
+    titles["colour"] = "distance to the label colour"
+    tables = {title: results[key] for key, title in titles.items() if results[key]}
+    for title, rows in tables.items():
+        print_table(title, rows)
+    for mark, text in MARKS.items():
+        if any(mark in row["marks"] for row in results["own"] + results["all"]):
+            print(mark, text)
+    with data.whole_file(out / "evaluation.json") as temporary:
+        plain = json.loads(json.dumps(results), parse_constant=lambda name: None)  # no NaN in JSON
         temporary.write_text(json.dumps(plain, indent=1))
-    if panels:
-        name = features.frechet if features.frechet == "FID" else f"{features.frechet} distance, features for {features.name}"
-        save_panels(out / "figure_5_5.png", [bars(rows, "frechet", f"{name}: {title.lower()}") for rows, title in panels])
-        name = features.kernel if features.kernel == "KID" else f"Kernel distance, features for {features.name}"
-        charts = [bars(rows, "kernel", f"{name}: {title.lower()}", "kernel_error") for rows, title in panels]
-        save_panels(out / "kernel_distance.png", charts)
-    if found["colour"]:
-        print("", "Distance from the label colour: of the pixels (fig. 5.6), of the mean (5.7); share nearest to it", sep="\n")
-        print(*colour_table(found["colour"]), sep="\n")
-        for figure, metric, title in ((6, "pixels", "Mean distance of the pixels"), (7, "mean", "Distance of the mean colour")):
-            charts = [bars(found["colour"], f"{metric}_{s}", f"{title} from the label colour, {s.upper()}") for s in SPACES]
-            save_panels(out / f"figure_5_{figure}.png", charts)
+    for figure, values in FIGURES.items():
+        charts = [
+            bars(rows, value, f"{value} {title}", "kernel_error" if value == "kernel" else None)
+            for title, rows in tables.items()
+            for value in values
+            if value in rows[0]
+        ]
+        if charts:
+            save(join(charts), out / f"{figure}.png")
+    print(f"\n{out}: evaluation.json and the figures")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+
+def parse():
+    p = argparse.ArgumentParser(description="How close generated images are to real ones.")
+    add, device = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
+    classifier = data.ASSETS / "letters_classifier.pt"
+    sets = "folder, packed folder, .npz, letters or paintings, perhaps with :train or :validation"
+    kinds = "auto: inception if its weights are there, else letters for sets of capital letters, "
+    kinds += "else paintings; none: colours only (default auto)"
+    add("--real", required=True, metavar="SET", help=sets)
+    add("--fake", required=True, nargs="+", metavar="[NAME=]SET", help="one or more sets")
+    add("--per-label", action="store_true", help="also compare every label by itself")
+    add("--features", choices=("auto", *FEATURES), default="auto", help=kinds)
+    add("--inception", metavar="FILE", help="Inception's weights (default: torch's hub cache)")
+    add("--download", action="store_true", help="fetch Inception's weights (96 MB) first")
+    add("--classifier", default=classifier, help="for the letters features (default: in assets)")
+    add("--size", type=int, help="pixels per side of all images (default 256; letters 32)")
+    add("--batch", type=int, default=32, help="images at a time (default 32)")
+    add("--device", default=device, help=f"cuda, mps or cpu (default {device})")
+    out = Path("runs/evaluation")
+    add("--out", type=Path, default=out, help=f"folder for the results (default {out})")
+    return p.parse_args()
 
 
 def main():
     args = parse()
-    if args.train_classifier:
-        share = train_letters_classifier(args.train_classifier)
-        print(f"{args.train_classifier}: names {share:.1%} of the letters of the validation fonts")
-        return
-    if not args.real or not args.fake:
-        raise UserError("--real SET and --fake SET are needed; python fid.py --help explains them")
-    if args.batch < 1 or args.keep < 4 or (args.size or 8) < 8 or (args.workers or 0) < 0:
-        raise UserError("--batch must be 1 or more, --keep 4 or more, --size 8 or more, --workers 0 or more")
-    out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file of that name is there; expected a folder")
-    with tempfile.TemporaryDirectory() as scratch:
-        features, found = evaluate(args, scratch)
-    report(features, found, out)
-    print(f"\n{out}: evaluation.json and the figures")
+    data.check_device(args.device)
+    if args.batch < 1 or (args.size or 32) < 32:
+        raise UserError("--batch must be 1 or more, --size 32 or more")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: a file of that name is there; expected a folder")
+    report(evaluate(args), args.out)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    data.run_program(main)

@@ -1,19 +1,20 @@
-"""Pictures from a trained model: sections 3.5.3, 4.4.2, 4.4.3, 4.6 and 5.3.1 of the thesis, and 3.1 and 4.4.7 of a first stage.
+"""Pictures from a trained model: sections 3.5.3, 4.4.2, 4.4.3, 4.6, 5.1.1 and 5.3.1 of the thesis.
 
-    python sample.py --text HELLO                                      a word, with the model that comes with the project
-    python sample.py --run runs/letters --label A --n 16 --out a.png   sixteen times the letter A
-    python sample.py --run runs/letters --grid                         one row a label, the zero-label last
-    python sample.py --run runs/letters --label R --strip              the denoising path; --gif shows it moving
-    python sample.py --run runs/letters --per-label 64 --out samples   one folder a label; stops, and goes on where it was
-    torchrun --nproc-per-node 2 -- sample.py --per-label 64 ...        the same by two processes
-    python sample.py --run runs/ldm --scales 1 2 5 15                  grids at several guidance scales, and a table
-    python sample.py --run runs/ldm --label blue --size 128            larger than it was trained: a larger latent
-    python sample.py --reconstruct paintings                           what a first stage keeps of them (or of image files)
+    python sample.py --text HELLO                           a word, with the project's own model
+    python sample.py --run runs/letters --label A --n 16    sixteen times the letter A
+    python sample.py --run runs/letters --grid              one row per label, the zero-label last
+    python sample.py --run runs/letters --label R --strip   the denoising path; --gif: a film
+    python sample.py --run runs/ldm --per-label 64 --out samples     one folder per label
+    torchrun --nproc-per-node 2 -- sample.py --per-label 64 ...      the same by two processes
+    python sample.py --run runs/ldm --scales 1 2 5 15       grids at guidance scales, and a table
+    python sample.py --run runs/ldm --label blue --size 128          larger than in training
+    python sample.py --reconstruct paintings                what a first stage keeps of an image
 
-To a sampler a model is a function `eps(x, t)`. Guidance and clipping wrap that function; a sampler knows neither network
-nor label. Samplers are generators: after every step they yield (t, x_t, predicted x_0), and the last x is the sample.
+For a sampler, a model is a function `eps(x, t)`. Guidance and clipping wrap this function, so a
+sampler knows neither the network nor the label. Samplers are generators: after each step they
+yield (t, x_t, predicted x_0). The last x is the sample.
 
-To other programs this file is two functions:  generate(load("runs/letters"), ["A", "B"])  returns uint8 images.
+For other programs:  generate(load("runs/letters"), ["A", "B"])  returns uint8 images.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import math
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,63 +31,32 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (
-    ASSETS,
-    UserError,
-    best_device,
-    check_device,
-    grid,
-    load_image,
-    npy_header,
-    open_paintings,
-    picture_name,
-    run_program,
-    side_by_side,
-    stacked,
-    to_tensor,
-    to_uint8,
-    tune,
-    whole_file,
-)
+import data
+from data import UserError, to_tensor, to_uint8, whole_file
 from ddpm import Diffusion, classifier_free_guidance, classifier_guided_eps, classifier_guided_mean
 from fid import mean_colour_distances, psnr, variety
 from ldm import fingerprint, load_model, space_of
+from plots import grid, join, save
 
-# ------------------------------------------------------------------------------------------------------------------
-# 4.6  Time steps
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 3.5.3, 4.6  Samplers: functions of eps(x, t), the start x, the time steps and alpha_bar
+# --------------------------------------------------------------------------------------------------
 
 
 def timesteps(T, S):
-    """S + 1 falling time steps from T to 0: exactly S steps for every 1 <= S <= T, the last one reaching the clean image."""
+    """4.6: S + 1 falling time steps from T to 0: exactly S steps for every 1 <= S <= T (E56)."""
     if not 1 <= S <= T:
         raise ValueError(f"{S} steps; expected 1 to {T}")
     return [T * i // S for i in range(S, -1, -1)]
 
 
-def published_timesteps(T, S):
-    """The table of the published latent diffusion sampler, in the thesis's count of t: T//S apart, from 2 on, ending at t = 1.
-
-    Its path stops one step short of the clean image, and its length is S only where S divides T (E56). S = 50:
-    982, 962, ..., 22, 2, 1. Raises ValueError where the published code reads past the end of its tables.
-    """
-    steps = range(2, T + 2, T // S)
-    if steps[-1] > T:
-        raise ValueError(f"the published table for {S} steps contains {steps[-1]}, past the last step {T}")
-    return [*reversed(steps), 1]
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 3.5.3, 4.6.1  Samplers: pure functions of eps(x, t), the start x, the time steps and the table alpha_bar
-# ------------------------------------------------------------------------------------------------------------------
-
-
 def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde", gradient=None, scale=1.0):
     """3.5.3, ancestral sampling:  x_{t-1} = mu_theta(x_t, t) + sigma_t xi  (E29).
 
-    On a subset of the time steps it is ancestral sampling of the shorter chain, whose beta are 1 - alpha_bar_t/alpha_bar_t'.
-    times must end at 0. noise: function () -> standard normal like x; variance: see `Diffusion.p_sample`; gradient: function
-    (x, t) -> grad log f(y | x_t, t), which shifts the mean as in eq. 4.1 (corrected, E48), `scale` times.
+    On a subset of the time steps this is ancestral sampling of the shorter chain, whose beta are
+    1 - alpha_bar_t / alpha_bar_t'. times must end at 0. noise: function () -> standard normal
+    noise like x; variance: see `Diffusion.p_sample`; gradient: function (x, t) ->
+    grad log f(y | x_t, t), which shifts the mean `scale` times as in eq. 4.1 (corrected, E48).
     """
     kept = alpha_bar[times[::-1]]
     chain = Diffusion(1 - kept[1:] / kept[:-1])
@@ -95,19 +64,21 @@ def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde", gradient=None, 
         e = eps(x, t)
         x_0 = chain.predict_x0(x, i, e)
         x_t, x = x, chain.p_sample(x, i, e, noise(), variance)
-        if gradient:  # to the mean or to the sum of mean and noise, it is the same
-            x = classifier_guided_mean(x, chain.at(chain.sigma2(variance), i, x), gradient(x_t, t), scale)
+        if gradient:  # a shift of the sample equals a shift of the mean
+            sigma2 = chain.at(chain.sigma2(variance), i, x)
+            x = classifier_guided_mean(x, sigma2, gradient(x_t, t), scale)
         yield t_next, x, x_0
 
 
 def ddim_step(x, e, a, a_next, sigma=0.0):
-    """4.6.1, DDIM (E56):  x_{t'} = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps,  x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a).
+    """4.6.1, DDIM (E56):  x_{t'} = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps + sigma xi
 
-    At sigma = 0 divide by sqrt(a'): with y = x / sqrt(a) and the ratio of noise to signal r = sqrt((1 - a) / a) it reads
-    y' = y + (r' - r) eps, one step of Euler's method for dy/dr = eps. That is the transfer of the PLMS paper, whose own way to
-    write the factor of eps avoids the difference of two roots.
+    with x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a). a, a': alpha_bar at t and t'. The caller adds the
+    noise sigma xi. Returns (x_{t'}, x_0).
 
-    a, a': alpha_bar at t and t'. The noise sigma xi is the caller's. Returns (x_{t'}, x_0).
+    Divide by sqrt(a') at sigma = 0. With y = x / sqrt(a) and r = sqrt((1 - a) / a), the ratio of
+    noise to signal, the step reads y' = y + (r' - r) eps: Euler's method for dy/dr = eps. The PLMS
+    paper writes the same step without the difference of two roots.
     """
     x_0 = (x - (1 - a) ** 0.5 * e) / a**0.5
     return a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * e, x_0
@@ -116,7 +87,8 @@ def ddim_step(x, e, a, a_next, sigma=0.0):
 def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
     """4.6.1, DDIM: `ddim_step` with sigma = eta sqrt((1 - a')/(1 - a)) sqrt(1 - a/a').
 
-    eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling; eta > 0 needs `noise`, a function () -> xi.
+    eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling. eta > 0 needs
+    `noise`, a function () -> xi.
     """
     for t, t_next in zip(times, times[1:]):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
@@ -128,20 +100,22 @@ def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
 
 
 def plms(eps, x, times, alpha_bar):
-    """4.6.1, PLMS ("PLSM" in the heading, E56): the DDIM transfer with eps' extrapolated from the last four predictions.
+    """4.6.1, PLMS ("PLSM" in the heading, E56): the DDIM transfer with an extrapolated eps'.
 
-        eps' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24          e_0 the newest: Adams-Bashforth of order 4
+        eps' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24          e_0 is the newest prediction
 
-    Where DDIM takes dy/dr = eps as constant over a step (see `ddim_step`), this draws a cubic through the last four eps, over
-    the index of the step, and takes its mean over the step to come; the weights are that integral's and sum to 1.
+    This is Adams-Bashforth of order 4. DDIM takes dy/dr = eps as constant over a step (see
+    `ddim_step`). PLMS draws a cubic through the last four eps, over the index of the step, and
+    takes its mean over the next step. The weights come from this integral and sum to 1.
 
-    The history fills up with orders 2 and 3 after one improved Euler step, as in the published sampler; that step looks
-    ahead once, so S steps cost S + 1 evaluations. The history holds the predictions themselves, never eps'.
+    The first step is improved Euler, then orders 2 and 3 follow, as in the published sampler. The
+    Euler step looks ahead once, so S steps cost S + 1 evaluations. The history holds the
+    predictions themselves, never eps'.
 
-    A single step has nothing to look ahead to, and where a' > sqrt(a) looking ahead does harm: where the second evaluation
-    predicts an x_0 that differs by d from the first one's, the mean of both eps moves x_{t'} by a' / (2 sqrt(a)) d. Of 50 steps
-    that is 10 d for the cosine schedule, whose alpha_bar_T is 2e-9, and 0.005 d for the linear one. The first step is then
-    plain DDIM.
+    Looking ahead does harm where a' > sqrt(a): if the second evaluation predicts an x_0 that
+    differs by d from the first one, the mean of both eps moves x_{t'} by a' / (2 sqrt(a)) d. With
+    50 steps this is 10 d for the cosine schedule (alpha_bar_T = 2e-9), 0.005 d for the linear one.
+    The first step is then plain DDIM. So is a single step: no step comes after it.
     """
     history = []
     for t, t_next in zip(times, times[1:]):
@@ -164,17 +138,20 @@ def plms(eps, x, times, alpha_bar):
 
 
 def dpm(eps, x, times, alpha_bar):
-    """DPM-Solver++ 2M (not in the thesis): the DDIM transfer with x_0' extrapolated from the last two predictions of x_0.
+    """DPM-Solver++ 2M (not in the thesis): the DDIM transfer with an extrapolated x_0'.
 
-        x_0' = x_0 + (x_0 - x_0_before) h / (2 h_before),     h = lambda_t' - lambda_t,  lambda = 1/2 log(a / (1 - a))
+        x_0' = x_0 + (x_0 - x_0_before) h / (2 h_before)
+        h = lambda_t' - lambda_t,   lambda = 1/2 log(a / (1 - a))
 
-    Where PLMS extrapolates eps over the index of the step, this extrapolates x_0 over lambda, half the logarithm of the
-    signal-to-noise ratio. One evaluation a step. lambda is infinite at t = 0: a step to there is plain DDIM.
+    PLMS extrapolates eps over the index of the step. This extrapolates x_0 over lambda, half the
+    logarithm of the signal-to-noise ratio. One evaluation per step. lambda is infinite at t = 0:
+    the step to t = 0 is plain DDIM.
     """
     lam = (alpha_bar / (1 - alpha_bar)).log() / 2
     before = h_before = None
     for t, t_next in zip(times, times[1:]):
-        a, a_next, h = alpha_bar[t].item(), alpha_bar[t_next].item(), (lam[t_next] - lam[t]).item()
+        a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
+        h = (lam[t_next] - lam[t]).item()
         x_0 = (x - (1 - a) ** 0.5 * eps(x, t)) / a**0.5
         first_order = before is None or t_next == 0
         x_0_prime = x_0 if first_order else x_0 + (x_0 - before) * (h / (2 * h_before))
@@ -183,9 +160,9 @@ def dpm(eps, x, times, alpha_bar):
         yield t_next, x, x_0
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 4.4.2, 4.4.3  What wraps eps(x, t)
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 4.4.2, 4.4.3  Wrappers of eps(x, t)
+# --------------------------------------------------------------------------------------------------
 
 
 def with_labels(model, y):
@@ -194,19 +171,21 @@ def with_labels(model, y):
 
 
 def with_cfg(model, y, scale, guide_above=0.0):
-    """Classifier-free guidance as eps(x, t): zero-label and label in one batch, one evaluation at scale 1 or 0 (E49).
+    """4.4.3, classifier-free guidance as eps(x, t); scale 1 or 0 costs one evaluation (E49).
 
-    guide_above: N; guided only while the noise, sqrt((1 - alpha_bar_t)/alpha_bar_t), is above it, then scale 1 (not in the
-    thesis). For Gaussian data the mean of the samples is then not m_0 + s (m_y - m_0) but, where x_0 has the deviation S,
+    Otherwise one batch holds both the zero-label and the label. guide_above: N; guidance is on
+    only while the noise sqrt((1 - alpha_bar_t) / alpha_bar_t) is above N, afterwards the scale is
+    1 (not in the thesis). If x_0 of label y is a Gaussian with mean m_y and deviation S, the mean
+    of the samples is then not m_0 + s (m_y - m_0) but
 
         m_y + S / sqrt(S^2 + N^2) (s - 1) (m_y - m_0)
 
-    so that a large scale moves what varies most, the colour of the picture as a whole, and hardly any single position.
+    A large scale thus moves what varies most, the colour of the whole picture, and hardly any
+    single position.
     """
     zero = torch.full_like(y, model.zero_label)
     if scale in (0, 1):
         return with_labels(model, y if scale else zero)
-
     labels, alpha_bar = torch.cat([zero, y]), model.diffusion.alpha_bar
 
     def eps(x, t):
@@ -221,8 +200,8 @@ def with_cfg(model, y, scale, guide_above=0.0):
 def classifier_gradient(classifier, y):
     """4.4.2:  grad_{x_t} log f(y | x_t, t)  as a function of (x, t), for the labels y, (B,).
 
-    The gradient of the sum over the batch: no image is in another's log f. The zero-label, which no classifier
-    knows, has the log f of certainty, 0, and so no gradient.
+    The sum over the batch has the same gradient: the log f of an image depends on no other image.
+    No classifier knows the zero-label: its log f is 0 here, and so its gradient is 0.
     """
 
     def gradient(x, t):
@@ -235,12 +214,16 @@ def classifier_gradient(classifier, y):
 
 
 def with_classifier(eps, gradient, scale, alpha_bar):
-    """Classifier guidance of a sampler that only knows eps (E48); eps is that of the zero-label, so scale 1 is Bayes' rule."""
+    """4.4.2, classifier guidance of the zero-label's eps (E48); scale 1 is Bayes' rule."""
     return lambda x, t: classifier_guided_eps(eps(x, t), alpha_bar[t].item(), gradient(x, t), scale)
 
 
 def in_bf16(function, device):
-    """function(x, t) under bf16 autocast; the sampler around it stays in float32."""
+    """function(x, t) under bf16 autocast; the sampler around it stays in float32.
+
+    Autocast must end with each call. A sampler is a generator: suspended inside autocast, it
+    would leave autocast on for the code that consumes it.
+    """
 
     def call(x, t):
         with torch.autocast(torch.device(device).type, torch.bfloat16):
@@ -250,7 +233,7 @@ def in_bf16(function, device):
 
 
 def with_clipping(eps, diffusion):
-    """eps(x, t) whose predicted x_0 is clamped to [-1, 1]: for pixels only, never for latents; not in the thesis (E29)."""
+    """eps(x, t) with x_0 clamped to [-1, 1]: for pixels only; not in the thesis (E29)."""
 
     def clipped(x, t):
         x_0 = diffusion.predict_x0(x, t, eps(x, t)).clamp(-1, 1)
@@ -259,39 +242,48 @@ def with_clipping(eps, diffusion):
     return clipped
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Generation
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class ImageNoise:
-    """Standard normal noise with a generator of its own for every image: an image depends on its seed, not on its batch."""
+    """5.1.1: standard normal noise, one generator per image: its batch does not matter."""
 
     def __init__(self, seeds, shape, device):
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self.shape, self.device = shape, device
 
     def __call__(self):
-        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
-        return noise.to(self.device, non_blocking=True)
+        noise = [torch.randn(self.shape, generator=generator) for generator in self.generators]
+        return torch.stack(noise).to(self.device, non_blocking=True)
 
 
-SAMPLERS = ("plms", "ddim", "ddpm", "dpm")
+SAMPLERS = {"plms": plms, "ddim": ddim, "ddpm": ddpm, "dpm": dpm}
 
 
 @torch.no_grad()
 def denoise(
-    model, y, seeds, sampler="plms", steps=50, scale=2.0, guide_above=None, eta=0.0, clip=False, classifier=None, bf16=False
+    model,
+    y,
+    seeds,
+    sampler="plms",
+    steps=50,
+    scale=2.0,
+    guide_above=None,
+    eta=0.0,
+    clip=False,
+    classifier=None,
+    bf16=False,
 ):
-    """A sampler at work, (t, x, x_0) after every step, for labels y (B,) and one seed an image.
+    """Run a sampler for the labels y (B,), one seed per image; yields (t, x, x_0) after each step.
 
-    steps: how many, spread evenly, or the list of time steps itself; guide_above: see `with_cfg`, by default the model's
-    own; classifier: guides instead of the model's own labels.
+    steps: the number of steps, spread evenly, or a list of time steps; guide_above: see `with_cfg`,
+    by default that of the model; classifier: guides the zero-label, instead of the model's labels.
     """
     guide_above = model.guide_above if guide_above is None else guide_above
-    alpha_bar = model.diffusion.alpha_bar
+    alpha_bar, device = model.diffusion.alpha_bar, model.device
     times = steps if isinstance(steps, list) else timesteps(model.diffusion.T, steps)
-    device = model.device
     noise = ImageNoise(seeds, model.shape, device)
     y, gradient = torch.as_tensor(y, device=device), None
     eps = with_cfg(model, y, 0 if classifier else scale, guide_above)
@@ -303,612 +295,423 @@ def denoise(
         eps = with_classifier(eps, gradient, scale, alpha_bar)
     if clip:
         eps = with_clipping(eps, model.diffusion)
-    x_T = noise()
-    if sampler == "ddpm":
-        yield from ddpm(eps, x_T, times, alpha_bar, noise, gradient=gradient, scale=scale)
-    elif sampler == "ddim":
-        yield from ddim(eps, x_T, times, alpha_bar, eta, noise)
-    else:
-        yield from {"plms": plms, "dpm": dpm}[sampler](eps, x_T, times, alpha_bar)
+    own = {"ddpm": (noise, "beta_tilde", gradient, scale), "ddim": (eta, noise)}
+    yield from SAMPLERS[sampler](eps, noise(), times, alpha_bar, *own.get(sampler, ()))
 
 
-def step_count(steps):
-    return len(steps) - 1 if isinstance(steps, list) else steps
-
-
-def default_run():
-    run = next((p for p in ("runs/letters/model.pt", ASSETS / "letters.pt") if Path(p).exists()), None)
+def load(run=None, weights="ema", device="cpu", compile=False, kind="diffusion model"):
+    """The model of a run folder or model file; default: runs/letters, else the project's own."""
+    own = ("runs/letters/model.pt", data.ASSETS / "letters.pt")
+    run = run or next((path for path in own if Path(path).exists()), None)
     if run is None:
         raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
-    return run
-
-
-def load(run=None, weights="ema", device="cpu", compile=False):
-    """A model that draws: that of a run folder or model file, by default the newest letters model there is."""
-    run = run or default_run()
     model = load_model(run, weights, device)
-    if model.stage == "classifier":
-        raise UserError(f"{run} is a classifier, it guides another model: --guidance classifier --classifier {run}")
-    if model.stage == "vqgan":
-        raise UserError(f"{run} is a first stage, it draws nothing by itself; --reconstruct IMAGES shows what it keeps of them")
+    kinds = {"vqgan": "first stage", "classifier": "classifier"}
+    found = kinds.get(model.stage, "diffusion model")
+    if found != kind:
+        raise UserError(f"{run} is no {kind} but a {found}; see python train.py --help")
     if compile:
-        model.unet.compile()
+        (model.network if kind == "classifier" else model.unet).compile()
     return model
 
 
 def load_classifier(run, model, weights="ema", compile=False):
-    """The classifier of `run` to guide `model` with."""
-    device = model.device
-    classifier = load_model(run, weights, device)
-    if classifier.stage != "classifier":
-        raise UserError(f"{run} is no classifier; python train.py --stage classifier makes one in runs/classifier")
-    same_schedule = torch.equal(classifier.diffusion.beta, model.diffusion.beta)
-    same = classifier.classes == model.classes and classifier.shape == model.shape and classifier.space == space_of(model)
-    if not (same and same_schedule):
-        raise UserError(f"{run}: its labels, images or noise schedule are not those of the model that it is to guide (E47)")
-    if compile:
-        classifier.network.compile()
+    """4.4.2: a classifier that guides `model`; UserError if it does not fit the model (E47)."""
+    classifier = load(run, weights, model.device, compile, "classifier")
+    same = (classifier.classes, classifier.shape) == (model.classes, model.shape)
+    same = same and torch.equal(classifier.diffusion.beta, model.diffusion.beta)
+    if not same or classifier.space != space_of(model):
+        raise UserError(f"{run}: labels, images or noise schedule are not those of the model (E47)")
     return classifier
 
 
-@torch.no_grad()
-def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, progress=True, **how):
-    """`count` images of every label as (N, H, W, 3) uint8, in that order. `how`: further arguments of `denoise`.
+def label_number(model, label):
+    """The number of a label: a name in any case, a number, "none" (the zero-label), or a list."""
+    if isinstance(label, list | tuple | np.ndarray):
+        return [label_number(model, one) for one in label]
+    names = [*model.classes, "none"]
+    if isinstance(label, str):
+        found = [i for i, name in enumerate(names) if name == label]  # exactly so, else in any case
+        found += [i for i, name in enumerate(names) if name.lower() == label.lower()]
+        found += [i for i in range(len(names)) if str(i) == label]
+    else:
+        found = [i for i in range(len(names)) if i == label]
+    if not found:
+        raise UserError(f"unknown label {label!r}; expected a number or one of {', '.join(names)}")
+    return found[0]
 
-    labels: a name or number, or a list of them; "none" is the zero-label; for latent models each of the list may itself be
-    several labels. seeds: one an image, by default seed, seed + 1, ...
+
+@torch.no_grad()
+def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, progress=True, **more):
+    """`count` images per label, one label after the other, as (N, H, W, 3) uint8.
+
+    labels: one or a list, see `label_number`; for latent models each may be a list of labels.
+    seeds: one per image, default seed, seed + 1, ...; more: further arguments of `denoise`.
     """
     labels = [labels] if isinstance(labels, str) or np.ndim(labels) == 0 else labels
     y = np.repeat([label_number(model, label) for label in labels], count, axis=0)
     seeds = seed + np.arange(len(y)) if seeds is None else seeds
-    chunks = [slice(i, i + batch) for i in range(0, len(y), batch)]
-    total = len(chunks) * step_count(steps)
-    images = []
-    with tqdm(total=total, unit="step", desc="denoising", disable=None if progress else True) as bar:
-        for chunk in chunks:
-            for _, x, _ in denoise(model, y[chunk], seeds[chunk], steps=steps, **how):  # noqa: B007  the last x is wanted
+    parts, images = [slice(i, i + batch) for i in range(0, len(y), batch)], []
+    with tqdm(total=len(parts) * steps, unit="step", disable=None if progress else True) as bar:
+        for part in parts:
+            for _, x, _ in denoise(model, y[part], seeds[part], steps=steps, **more):  # noqa: B007
                 bar.update()
             images.append(to_uint8(model.decode(x)))
     return np.concatenate(images)
 
 
-def images_by_label(model, columns, seed=0, **how):
-    """Images of every label, the zero-label last, (K + 1, columns, H, W, 3) uint8; a column shares its seed."""
+def images_by_label(model, columns, seed=0, **more):
+    """5.3.1: (K + 1, columns, H, W, 3) uint8. One row per label, the zero-label last."""
     rows = len(model.classes) + 1
-    labels = np.arange(rows).repeat(columns)
     seeds = np.tile(np.arange(seed, seed + columns), rows)
-    images = generate(model, labels, seeds, **how)
+    images = generate(model, np.arange(rows).repeat(columns), seeds, **more)
     return images.reshape(rows, columns, *images.shape[1:])
 
 
 def draw_rows(images, classes):
-    """Figure 5.1's layout: one row a label, the zero-label last. Behind the name of a colour stands its distance."""
+    """Figure 5.1: `images_by_label` as a picture; colours with their mean colour distance."""
     names, distances = [*classes, "none"], mean_colour_distances(images, classes)
     if distances is not None:
-        names = [f"{name} {distance:.0f}" for name, distance in zip(names, distances)] + names[-1:]
+        names[:-1] = [f"{name} {distance:.0f}" for name, distance in zip(classes, distances)]
     return grid(images.reshape(-1, *images.shape[2:]), images.shape[1], names)
 
 
-def along_the_path(model, y, seeds, frames, steps=50, **how):
-    """Of the states (t, x, x_0) of a sampler at work `frames` at equal distances, the last one among them."""
-    chosen = np.linspace(0, step_count(steps) - 1, min(frames, step_count(steps))).round()
-    return (state for i, state in enumerate(denoise(model, y, seeds, steps=steps, **how)) if i in chosen)
+def draw_scales(model, columns, seed, scales, **more):
+    """Figures 5.1 to 5.4: a grid per guidance scale; prints the effect on colour and variety."""
+    titles, pictures = [f"scale {scale:g}" for scale in scales], []
+    print(f"{'':10}  colour distance  variety")
+    for scale, title in zip(scales, titles):
+        images = images_by_label(model, columns, seed, **more | {"scale": scale})
+        pictures.append(draw_rows(images, model.classes))
+        distances = mean_colour_distances(images, model.classes)
+        distance = "-" if distances is None else f"{distances.mean():.1f}"
+        print(f"{title:10}  {distance:>15}  {variety(images[:-1]).mean():7.1f}")
+    return join(pictures, 2, titles)
 
 
-def animation(model, y, seeds, columns, frames=48, **how):
-    """5.3.1 in motion: a grid of images being denoised, x_t after every step or so, as a list of pictures."""
-    states = along_the_path(model, y, seeds, frames, **how)
-    return [grid(to_uint8(model.decode(x)), columns, scale=max(1, 64 // model.shape[1])) for _, x, _ in states]
+def along_the_path(model, y, seeds, frames, steps=50, **more):
+    """The states (t, x, x_0) after `frames` evenly spaced steps of a sampler, the last included."""
+    chosen = np.linspace(0, steps - 1, min(frames, steps)).round()
+    path = denoise(model, y, seeds, steps=steps, **more)
+    return (state for i, state in enumerate(path) if i in chosen)
 
 
-def denoising_strip(model, y, seeds, frames=12, **how):
-    """5.3.1: for every image two rows along the path, x_t above and the predicted x_0 below. Returns the picture."""
-    chosen = list(along_the_path(model, y, seeds, frames, **how))
-    x_t = np.stack([to_uint8(model.decode(x)) for _, x, _ in chosen], axis=1)  # (B, frames, H, W, 3)
-    x_0 = np.stack([to_uint8(model.decode(x)) for _, _, x in chosen], axis=1)
-    rows = np.stack([x_t, x_0], axis=1)  # (B, 2, frames, H, W, 3)
-    return grid(rows.reshape(-1, *rows.shape[3:]), len(chosen), ["x_t", "x_0"] * len(y), scale=max(1, 64 // rows.shape[-2]))
+def animation(model, y, seeds, columns, frames=48, **more):
+    """5.3.1 as a film: a list of pictures, each a grid of the images x_t."""
+    scale, states = max(1, 64 // model.shape[1]), along_the_path(model, y, seeds, frames, **more)
+    return [grid(to_uint8(model.decode(x)), columns, scale=scale) for _, x, _ in states]
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 3.1, 4.4.7  What a first stage keeps of an image, and makes of noise
-# ------------------------------------------------------------------------------------------------------------------
+def denoising_strip(model, y, seeds, frames=12, **more):
+    """5.3.1: a picture with two rows per image along the path: x_t, below it the predicted x_0."""
+    states = along_the_path(model, y, seeds, frames, **more)
+    images = [[to_uint8(model.decode(z)) for z in (x, x_0)] for _, x, x_0 in states]
+    images = np.array(images).transpose(2, 1, 0, 3, 4, 5)  # (B, 2, frames, H, W, 3)
+    rows, scale = images.reshape(-1, *images.shape[3:]), max(1, 64 // images.shape[3])
+    return grid(rows, images.shape[2], ["x_t", "x_0"] * len(y), scale)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5.1.1  Many images per label
+# --------------------------------------------------------------------------------------------------
+
+
+def write_many(model, folder, labels, seeds, batch, **settings):
+    """5.1.1: one file folder/<label>/<seed>.png per label and seed. Returns how many were made.
+
+    A file that exists is not made again, so an interrupted command can be repeated. Process r of R
+    (of torchrun) owns the pairs r, r + R, ... of label and seed.
+    """
+    guide = settings["classifier"]
+    made_by = {"model": fingerprint(model, sorted(model.settings.items())), "shape": model.shape}
+    made_by["classifier"] = guide and fingerprint(guide)
+    check_settings(folder, settings | made_by)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    pairs, names = [(label, seed) for seed in seeds for label in labels], [*model.classes, "none"]
+    files = [(*pair, folder / names[pair[0]] / f"{pair[1]:06d}.png") for pair in pairs[rank::world]]
+    missing = [file for file in files if not file[-1].exists()]
+    there = len(files) - len(missing)
+    with tqdm(total=len(files), initial=there, unit="image", disable=rank > 0 or None) as bar:
+        for i in range(0, len(missing), batch):
+            y, part_seeds, paths = zip(*missing[i : i + batch])
+            images = generate(model, y, part_seeds, batch=batch, progress=False, **settings)
+            for image, path in zip(images, paths):
+                save(Image.fromarray(image), path)
+                bar.update()
+    return len(missing)
+
+
+def check_settings(folder, settings):
+    """Write folder/settings.json; UserError if the folder was begun with other settings."""
+    file, text = folder / "settings.json", json.dumps(settings, indent=1)
+    names = [path.name for path in folder.glob("[!.]*")]
+    if names and file.name not in names:
+        raise UserError(f"{folder} is not an empty folder; name another with --out")
+    if not names:
+        with whole_file(file) as temporary:
+            temporary.write_text(text)
+    begun = json.loads(file.read_text())
+    for name, value in json.loads(text).items():
+        if begun.get(name) != value:
+            other = f"{name} {begun.get(name)}, not {value}"
+            raise UserError(f"{folder} was begun with {other}; name another with --out")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3.1, 4.4.7  What a first stage keeps of an image, and what it makes of noise
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def reconstruct(model, originals, batch=8):
-    """decode(encode(x)) of images, (N, H, W, 3) uint8.
+    """4.4.7: decode(encode(x)) of images (N, H, W, 3) uint8.
 
-    Returns the reconstructions, shaped alike, and their PSNR in decibel and L1 in [0, 1], (N,) each, of the 8-bit pictures.
+    Returns the reconstructions, alike in shape, and two lists, one value per image: the PSNR in
+    decibel and the L1 distance in [0, 1] of the 8-bit pictures.
     """
-    device = next(model.parameters()).device
-    chunks = []
-    for i in tqdm(range(0, len(originals), batch), desc="reconstructing", unit="batch", disable=None):
-        chunks.append(to_uint8(model.decode(model.encode(to_tensor(originals[i : i + batch]).to(device)))))
-    rebuilt = np.concatenate(chunks)
+    device, rebuilt = next(model.parameters()).device, []
+    for i in tqdm(range(0, len(originals), batch), desc="reconstructing", disable=None):
+        x = to_tensor(originals[i : i + batch]).to(device)
+        rebuilt.append(to_uint8(model.decode(model.encode(x))))
+    rebuilt = np.concatenate(rebuilt)
     x, x_r = to_tensor(originals), to_tensor(rebuilt)
     return rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
 
 
-def validation_paintings(size):
-    """Names and images of one embedded painting of every colour that no model is trained on."""
-    paintings = open_paintings(size=size)
-    _, rows = paintings.split()
-    _, first = np.unique(paintings.labels[rows], return_index=True)
-    return paintings.classes, paintings.images[rows[first]]
-
-
 @torch.no_grad()
 def prior_rows(model, size, columns, seed=0):
-    """3.1: what a decoder makes of latents that no image gave. Two rows of `columns` images, uint8.
+    """3.1: two rows of images, uint8, decoded from z that no image was encoded to.
 
-    First z ~ N(0, I), for completeness: does any point mean something? Then a straight line from the first of them to the
-    second, for continuity: do near points look alike?
+    z ~ N(0, I) shows completeness: does every z mean something? A straight line from the first z to
+    the second shows continuity: do near z look alike?
     """
-    side = size // model.factor
-    z = ImageNoise(seed + np.arange(columns), (model.z_channels, side, side), next(model.parameters()).device)()
+    side, device = size // model.factor, next(model.parameters()).device
+    z = ImageNoise(seed + np.arange(columns), (model.z_channels, side, side), device)()
     s = torch.linspace(0, 1, columns, device=z.device)[:, None, None, None]
     return to_uint8(torch.cat([model.decode(z), model.decode((1 - s) * z[0] + s * z[1])]))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 5.1.1  Ten thousand images a label
-#
-# Row k L + i of a set is image k, the one with seed `seed` + k, of its i-th of L labels. Rows are computed in chunks of B:
-# chunk c is always the rows c B to c B + B - 1, also where fewer are kept. What a chunk looks like is then a function of c
-# alone, whoever computes it and when: process r of R takes the chunks r, r + R, ... that are not there yet, and need not
-# talk to the others.
-# ------------------------------------------------------------------------------------------------------------------
-
-
-class PngFolders:
-    """A set as out/<label>/<seed>.png."""
-
-    def __init__(self, out, names, seed, rows, shape):
-        self.out, self.names, self.seed = out, names, seed
-
-    def path(self, row):
-        k, i = divmod(row, len(self.names))
-        return self.out / self.names[i] / f"{self.seed + k:06d}.png"
-
-    def has(self, rows):
-        return all(self.path(row).exists() for row in rows)
-
-    def write(self, rows, images):
-        for row, image in zip(rows, images):
-            with whole_file(self.path(row)) as temporary:
-                Image.fromarray(image).save(temporary)
-
-    def finish(self):
-        pass
-
-
-class PackedSet:
-    """A set as one memory map in out/images.npy. Complete, it is a packed set, as `data.py` makes them; fid.py opens it.
-
-    out/done has a byte for every row, 1 where it is written. Processes write to different places and cut nothing off.
-    """
-
-    def __init__(self, out, names, seed, rows, shape):
-        self.out, self.names, self.seed, self.rows = out, names, seed, rows
-        (out / "done").touch()
-        if (out / "done").stat().st_size > rows:
-            raise UserError(f"{out} already holds more than {rows:,} images; name another folder with --out")
-        if (out / "done").stat().st_size < rows:
-            (out / "set.json").unlink(missing_ok=True)
-        (out / "images.npy").touch()
-        with (out / "images.npy").open("r+b") as images, (out / "done").open("r+b") as done:
-            npy_header(images, rows, shape)
-            self.start, self.size = images.tell(), math.prod(shape)
-            images.truncate(self.start + rows * self.size)
-            done.truncate(rows)
-
-    def has(self, rows):
-        return all((self.out / "done").read_bytes()[rows.start : rows.stop])
-
-    def write(self, rows, images):
-        for name, place, content in (
-            ("images.npy", self.start + rows.start * self.size, images.tobytes()),
-            ("done", rows.start, b"\1" * len(rows)),
-        ):
-            with (self.out / name).open("r+b") as file:
-                file.seek(place)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # in this order: what is marked as done is on the disk
-
-    def finish(self):
-        if not self.has(range(self.rows)):
-            return
-        k, label = np.divmod(np.arange(self.rows), len(self.names))
-        for name, values in (("labels", label), ("sources", self.seed + k)):
-            with whole_file(self.out / f"{name}.npy") as temporary:
-                np.save(temporary, values)
-        with whole_file(self.out / "set.json") as temporary:
-            settings = json.loads((self.out / "settings.json").read_text())
-            temporary.write_text(json.dumps({"classes": self.names, "note": "generated", "state": settings}))
-
-
-STORES = {"png": PngFolders, "npy": PackedSet}
-
-
-def claim(out, settings, rows):
-    """Begin the set in `out`, or go on with it if it was begun with the same settings. Returns B, how many rows a chunk has.
-
-    settings: everything that decides about a pixel. Its "batch" may be None: then B is what the set was begun with, or 64.
-    """
-    names = os.listdir(out) if out.is_dir() else []
-    if out.exists() and not out.is_dir() or "settings.json" not in names and any(name[0] != "." for name in names):
-        raise UserError(f"{out} is neither an empty folder nor a set to go on with; name another with --out")
-    if "settings.json" not in names:
-        with whole_file(out / "settings.json") as temporary:
-            temporary.write_text(json.dumps(settings | {"batch": settings["batch"] or min(64, rows)}, indent=1))
-    try:
-        begun = json.loads((out / "settings.json").read_text())
-        settings = settings | {"batch": settings["batch"] or begun["batch"]}
-        different = [name for name, value in settings.items() if begun[name] != value]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{out / 'settings.json'} is damaged; name another folder with --out") from error
-    for name in different:
-        raise UserError(f"{out} was begun with {name} {begun[name]}, not {settings[name]}; name another folder with --out")
-    return begun["batch"]
-
-
-def write_many(model, out, form, per_label, labels, seed, settings, how):
-    """--per-label: what is missing of the set in `out`. Decoding and writing a chunk overlap with denoising the next.
-
-    settings: what else than `how`, the labels, the seed and the model decides about a pixel. Returns how many images were made.
-    """
-    device, names = model.device, [[*model.classes, "none"][i] for i in labels]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    rows = per_label * len(labels)
-    settings = settings | how | {"format": form, "labels": names, "seed": seed}
-    settings["model"] = fingerprint(model, sorted(model.settings.items()))
-    settings["classifier"] = how["classifier"] and fingerprint(how["classifier"])
-    batch = claim(out, settings, rows)
-
-    @torch.no_grad()  # says nothing to other threads than the one that calls it
-    def images(x):
-        return to_uint8(model.decode(x))
-
-    def write(chunk, x):
-        store.write(chunk, images(x)[: len(chunk)])
-
-    store = STORES[form](out, names, seed, rows, images(torch.zeros(1, *model.shape, device=device)).shape[1:])
-    chunks = [range(i, min(rows, i + batch)) for i in range(rank * batch, rows, world * batch)]
-    missing = [chunk for chunk in chunks if not store.has(chunk)]
-    todo, there = (sum(map(len, these)) for these in (missing, chunks))
-    name = f"process {rank} of {world}" if world > 1 else out.name
-    try:
-        with (
-            ThreadPoolExecutor(1) as thread,
-            tqdm(total=there, initial=there - todo, desc=name, unit="image", smoothing=0, disable=None) as bar,
-        ):
-            written = thread.submit(len, ())
-            for chunk in missing:
-                k, i = np.divmod(np.arange(chunk.start, chunk.start + batch), len(labels))
-                for _, x, _ in denoise(model, np.array(labels)[i], seed + k, **how):  # noqa: B007  the last x is wanted
-                    pass
-                written.result()  # one chunk at most waits for the disk; a full one is said here
-                written = thread.submit(write, chunk, x)
-                bar.update(len(chunk))
-            written.result()
-    except KeyboardInterrupt:
-        print(f"{out}: stopped; the same command goes on", file=sys.stderr)
-        raise
-    store.finish()
-    return todo
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def place_of(label, classes):
-    """Where a name stands among the classes: written so, else whatever the case; None = nowhere."""
-    for names, name in ((classes, label), ([name.lower() for name in classes], label.lower())):
-        if name in names:
-            return names.index(name)
-    return None
-
-
-def label_number(model, label):
-    """A label by name or number, or several; "none" is the zero-label, unconditional generation."""
-    if isinstance(label, list | tuple | np.ndarray):
-        return [label_number(model, one) for one in label]
-    if not isinstance(label, str):
-        if not 0 <= label <= model.zero_label:
-            raise UserError(f"label {label}: expected 0 to {model.zero_label}")
-        return int(label)
-    if label.lower() == "none":
-        return model.zero_label
-    place = place_of(label, model.classes)
-    if place is not None:
-        return place
-    if label.isdecimal() and int(label) <= model.zero_label:
-        return int(label)
-    raise UserError(f"unknown label {label!r}; expected one of {', '.join(model.classes)}, a number, or none")
-
-
-def word_labels(model, text):
-    """One label a character of `text`, None for a space."""
-    places = [place_of(char, model.classes) for char in text]
-    if not text.strip() or any(place is None and char != " " for place, char in zip(places, text)):
-        raise UserError(f"--text {text!r}: the model draws only {' '.join(model.classes)}")
-    return places
-
-
-def parse():
-    p = argparse.ArgumentParser(description="Pictures from a trained model.")
-    p.add_argument("--run", help="run folder or model file (default: runs/letters, else the model in assets)")
-    p.add_argument("--label", help="label by name or number; none = unconditional (the default)")
-    p.add_argument("--n", type=int, help="how many images, or columns of a grid (default 16, film 32, grid 8, strip 2)")
-    what = p.add_mutually_exclusive_group()
-    what.add_argument("--grid", action="store_true", help="one row a label, the zero-label last")
-    what.add_argument("--scales", type=float, nargs="+", metavar="S", help="such a grid for each of these guidance scales")
-    what.add_argument("--text", help="draw a word, one image a letter")
-    what.add_argument("--strip", action="store_true", help="draw the denoising path of --label")
-    what.add_argument("--gif", action="store_true", help="a film of a grid being denoised, of --label or of all labels in turn")
-    what.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="encode and decode images with a first stage")
-    what.add_argument("--prior", nargs="+", metavar="RUN", help="decode z ~ N(0, I) with these first stages, two rows each")
-    what.add_argument(
-        "--per-label", type=int, metavar="N", help="N images of every label (or of --label); goes on where it was"
-    )
-    p.add_argument("--format", choices=STORES, default="png", help="of --per-label: a folder a label, or one packed memory map")
-    p.add_argument("--sampler", choices=SAMPLERS, default="plms", help="default plms; dpm = DPM-Solver++ 2M")
-    p.add_argument("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
-    p.add_argument("--times", choices=("even", "published"), default="even", help="published = the published sampler's table")
-    p.add_argument("--scale", type=float, default=2.0, help="guidance scale, 1 = none (default 2, as the thesis chose)")
-    p.add_argument(
-        "--guide-above",
-        type=float,
-        metavar="NOISE",
-        help="guide only while the noise, sqrt((1 - alpha_bar)/alpha_bar), is above this; 0 = always (default: the model's)",
-    )
-    p.add_argument("--guidance", choices=("classifier-free", "classifier"), default="classifier-free", help="4.4.3 or 4.4.2")
-    p.add_argument("--classifier", help="run folder or file of the classifier for it (default runs/classifier)")
-    p.add_argument("--eta", type=float, default=0.0, help="DDIM's noise, 0 to 1 (default 0)")
-    p.add_argument("--clip", action="store_true", help="clamp the predicted clean image to [-1, 1] at every step")
-    p.add_argument("--seed", type=int, default=0, help="seed of the first image; image k has seed + k (default 0)")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema", help="default ema")
-    p.add_argument("--batch", type=int, help="images at a time (default 64)")
-    p.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the networks (default float32)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    p.add_argument(
-        "--size", type=int, help="pixels of what a latent model draws or a first stage is given (default: as trained)"
-    )
-    p.add_argument("--out", help="picture, or folder with --per-label and --reconstruct (default: named after what it shows)")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the best there is)")
-    return p.parse_args()
-
-
-def main():
-    args = parse()
-    check(args)
-    device = args.device or best_device()
-    device = check_device(f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device)
-    tune(device)
-    if args.reconstruct:
-        write_reconstructions(args, device)
-    elif args.prior:
-        draw_prior(args, device)
-    else:
-        write_samples(args, device)
-
-
-def check(args):
-    """Raises UserError for arguments that no model could follow."""
-    for scale in args.scales or [args.scale]:
-        if not 0 <= scale < math.inf:
-            raise UserError(f"--scale {scale:g}: the guidance scale must be 0 or more (1 = no guidance)")
-    if args.guide_above is not None and not 0 <= args.guide_above < math.inf:
-        raise UserError(f"--guide-above {args.guide_above:g}: must be 0 (guide always) or more")
-    if args.guide_above is not None and args.guidance == "classifier":
-        raise UserError("--guide-above: only with --guidance classifier-free")
-    if args.scales and args.n == 1:
-        raise UserError("--scales: the variety of a row needs --n 2 or more")
-    folder = args.per_label or args.reconstruct and not Path(args.out or ".").suffix
-    if args.out and not folder:
-        picture_name(args.out)
-    if args.out and args.gif and Path(args.out).suffix.lower() != ".gif":
-        raise UserError(f"--out {args.out}: a film; end it with .gif")
-    if args.classifier and args.guidance != "classifier":
-        raise UserError("--classifier: only with --guidance classifier")
-    if args.format != "png" and not args.per_label:
-        raise UserError(f"--format {args.format}: only with --per-label")
-    if not 0 <= args.seed < 2**62:
-        raise UserError(f"--seed {args.seed}: must be 0 or more, and below 2^62")
-    if any(value is not None and value < 1 for value in (args.n, args.per_label, args.size, args.batch)):
-        raise UserError("--n, --per-label, --size and --batch must be 1 or more")
-    if not 0 <= args.eta <= 1 or (args.eta and args.sampler != "ddim"):
-        raise UserError(f"--eta {args.eta:g}: expected 0 to 1, and only with --sampler ddim")
-    if args.sampler == "ddpm" and args.times == "published":
-        raise UserError("--times published: not for ddpm; ancestral sampling must end at the clean image")
-
-
-def write_samples(args, device):
-    model = load(args.run, args.weights, device, args.compile)
-    if args.size:
-        model.shape = latent_shape(model, args.size)
-    if args.clip and model.stage == "ldm":
-        raise UserError("--clip: clamps pixels, and this model diffuses latents")
-    T = model.diffusion.T
-    if not 1 <= args.steps <= T:
-        raise UserError(f"--steps {args.steps}: expected 1 to {T}, the steps the model was trained with")
-    steps = args.steps
-    if args.times == "published":
-        try:
-            steps = published_timesteps(T, args.steps)
-        except ValueError as error:
-            raise UserError(f"--times published: {error}") from None
-    guided = args.guidance == "classifier"
-    how = {"sampler": args.sampler, "steps": steps, "scale": args.scale, "eta": args.eta, "clip": args.clip}
-    how["classifier"] = (
-        load_classifier(args.classifier or "runs/classifier", model, args.weights, args.compile) if guided else None
-    )
-    how["guide_above"] = model.guide_above if args.guide_above is None else args.guide_above
-    how["bf16"] = args.precision == "bf16"
-    label = label_number(model, args.label) if args.label else None
-    none = label == model.zero_label or args.grid or args.scales
-    if model.settings["p_uncond"] == 0 and (args.scale != 1 or guided or none):
-        print(
-            "note: trained with p_uncond 0, this model never saw the zero-label; guidance and 'none' mean nothing",
-            file=sys.stderr,
-        )
-
-    start = time.perf_counter()
-    if args.per_label:
-        out = Path(args.out or "samples")
-        labels = range(len(model.classes)) if label is None else [label]
-        chip = torch.cuda.get_device_name(device) if "cuda" in device else f"{device}, {torch.get_num_threads()} threads"
-        settings = {"batch": args.batch, "compile": args.compile, "computed by": f"torch {torch.__version__}, {chip}"}
-        count = write_many(model, out, args.format, args.per_label, labels, args.seed, settings, how)
-    else:
-        picture, count, out = draw(model, args, label, how)
-        out = Path(args.out or out)
-        save(picture, out)
-    seconds = time.perf_counter() - start
-    scales = " ".join(f"{scale:g}" for scale in args.scales or [args.scale])
-    print(f"{out}: {count} images in {seconds:.1f} s ({count / seconds:.1f} a second), {args.sampler}, scale {scales}")
-
-
-def latent_shape(model, size):
-    """The shape of the latent that decodes to size x size: the network takes any that its halvings divide."""
-    if model.stage != "ldm":
-        raise UserError("--size: this model draws pixels, of the size it was trained with")
-    factor = model.first_stage.factor
-    least = factor * 2 ** (len(model.settings["multipliers"]) - 1)
-    if size % least:
-        raise UserError(f"--size {size}: expected a multiple of {least}, for the halvings of the first stage and the U-Net")
-    return model.shape[0], size // factor, size // factor
-
-
 def open_first_stage(run, args, device):
-    model = load_model(run, args.weights, device)
-    if model.stage != "vqgan":
-        raise UserError(f"{run} is no first stage; python train.py --stage vqgan makes one in runs/vqgan")
+    """The first stage of a run folder or file, and the size of its images in pixels."""
+    model = load(run, args.weights, device, kind="first stage")
     size = args.size or model.settings["size"]
     if size % model.factor:
         raise UserError(f"--size {size}: expected a multiple of {model.factor}, the model's f")
     return model, size
 
 
-def write_reconstructions(args, device):
-    """--reconstruct: one picture, originals over reconstructions, or one file an image where --out is a folder.
+def open_originals(files, size):
+    """Names and images of the files; of "paintings", one painting per colour to validate with."""
+    if files == ["paintings"]:
+        paintings = data.open_set("paintings:validation", size)
+        _, first = np.unique(paintings.labels, return_index=True)
+        return paintings.classes, paintings.images[first]
+    images = []
+    for file in files:
+        try:
+            images.append(data.decode(file, size))
+        except UserError as reason:
+            raise UserError(f"{file}: {reason}") from None
+    return [Path(file).name for file in files], np.stack(images)
 
-    Where the word `paintings` stands instead of files, pictures of the embedded painter.
-    """
-    run = args.run or "runs/vqgan"
-    model, size = open_first_stage(run, args, device)
+
+def write_reconstructions(args, device):
+    """--reconstruct (fig. 4.9): one picture, or a folder with one file per image."""
+    model, size = open_first_stage(args.run or "runs/vqgan", args, device)
     out = Path(args.out or "reconstructions.png")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not an empty folder; name another with --out")
-    if args.reconstruct == ["paintings"]:
-        files, originals = validation_paintings(size)
+    names, originals = open_originals(args.reconstruct, size)
+    rebuilt, decibel, l1 = reconstruct(model, originals, min(args.batch, 8))
+    for name, p, e in [*zip(names, decibel, l1), ("mean", np.mean(decibel), np.mean(l1))]:
+        print(f"{name:{max(map(len, names))}}  PSNR {p:5.2f} dB  L1 {e:.4f}")
+    if out.suffix:
+        scale = max(1, 128 // size)
+        pairs = [(originals[i : i + 8], rebuilt[i : i + 8]) for i in range(0, len(rebuilt), 8)]
+        save(join([grid(np.concatenate(p), len(p[0]), ["x", "x_r"], scale) for p in pairs]), out)
     else:
-        files, originals = args.reconstruct, np.stack([load_image(file, size) for file in args.reconstruct])
-    rebuilt, decibel, l1 = reconstruct(model, originals, min(args.batch or 8, 8))
-    width = max(len(Path(file).name) for file in files)
-    for file, p, e in zip(files, decibel, l1):
-        print(f"{Path(file).name:{width}}  PSNR {p:5.2f} dB  L1 {e:.4f}")
-    print(f"{'mean':{width}}  PSNR {np.mean(decibel):5.2f} dB  L1 {np.mean(l1):.4f}")
-    if not out.suffix:
-        with whole_file(out) as temporary:
-            temporary.mkdir()
-            names = unique_names(files)
-            for name, image in zip(names, rebuilt):
-                Image.fromarray(image).save(temporary / name)
-            if out.exists():
-                out.rmdir()
-        print(f"{out}: {len(rebuilt)} reconstructions")
-        return
-    columns = min(len(rebuilt), 8)
-    blank = np.full((-len(rebuilt) % columns, *rebuilt.shape[1:]), 255, np.uint8)
-    pairs = [np.concatenate([images, blank]).reshape(-1, 1, columns, *rebuilt.shape[1:]) for images in (originals, rebuilt)]
-    rows = np.concatenate(pairs, axis=1)  # (rows, 2, columns, H, W, 3)
-    save(grid(rows.reshape(-1, *rebuilt.shape[1:]), columns, ["x", "x_r"] * len(rows), scale=max(1, 128 // size)), out)
-    print(f"{out}: originals over reconstructions")
-
-
-def unique_names(files):
-    """A .png name for every file, numbered where two folders have one of the same name."""
-    stems = [Path(file).stem for file in files]
-    return [f"{stem}.png" if stems.count(stem) == 1 else f"{i:06d}_{stem}.png" for i, stem in enumerate(stems)]
+        stems = [Path(name).stem for name in names]
+        for i, (stem, image) in enumerate(zip(stems, rebuilt)):
+            name = stem if stems.count(stem) == 1 else f"{i:06d}_{stem}"
+            save(Image.fromarray(image), out / f"{name}.png")
+    print(f"{out}: {len(rebuilt)} reconstructions")
 
 
 def draw_prior(args, device):
-    """--prior: for every run two rows, z ~ N(0, I) and the line between two of them."""
+    """--prior: the rows of `prior_rows` for each first stage."""
     columns, images, names = args.n or 8, [], []
-    if columns < 2:
-        raise UserError("--prior: a line between two z needs --n 2 or more")
     for run in args.prior:
         model, size = open_first_stage(run, args, device)
         images.append(prior_rows(model, size, columns, args.seed))
-        names += [f"{ {'none': 'AE', 'kl': 'VAE', 'vq': 'VQ'}[model.settings['bottleneck']] } z", "line"]
+        kind = {"none": "AE", "kl": "VAE", "vq": "VQ"}[model.settings["bottleneck"]]
+        names += [f"{kind} z", "line"]
     if len({rows.shape for rows in images}) > 1:
-        raise UserError("--prior: these runs draw images of different sizes; give one --size")
-    out = Path(args.out or "prior.png")
-    save(grid(np.concatenate(images), columns, names, scale=max(1, 64 // images[0].shape[1])), out)
+        raise UserError("--prior: the images of these runs differ in size; give one --size")
+    out, scale = Path(args.out or "prior.png"), max(1, 64 // images[0].shape[1])
+    save(grid(np.concatenate(images), columns, names, scale), out)
     print(f"{out}: z ~ N(0, I) decoded, and a straight line between the first two z")
 
 
-def save(picture, path):
-    """A picture, or the pictures of a film, which holds the last one and begins again."""
-    with whole_file(path) as temporary:
-        if isinstance(picture, list):
-            duration = [70] * (len(picture) - 1) + [2500]  # ms
-            picture[0].save(temporary, save_all=True, append_images=picture[1:], duration=duration, loop=0)
-        else:
-            picture.save(temporary)
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
 
 
-def draw(model, args, label, how):
-    """The picture that the arguments ask for, how many images it took, and its default file name."""
-    batch = args.batch or 64
+def parse():
+    p = argparse.ArgumentParser(description="Pictures of a model.", usage="sample.py [flags]")
+    mode, add = p.add_mutually_exclusive_group(), p.add_argument
+    mode.add_argument("--grid", action="store_true", help="one row per label, the zero-label last")
+    mode.add_argument("--scales", type=float, nargs="+", help="one such grid per guidance scale")
+    mode.add_argument("--text", help="a word, one image per letter")
+    mode.add_argument("--strip", action="store_true", help="the denoising path")
+    mode.add_argument("--gif", action="store_true", help="the denoising path as a film")
+    mode.add_argument("--per-label", type=int, help="this many files out/<label>/<seed>.png")
+    mode.add_argument("--reconstruct", nargs="+", help="images through a first stage, or paintings")
+    mode.add_argument("--prior", nargs="+", help="run folders of first stages: decode z ~ N(0, I)")
+    add("--run", help="run folder or model file (default runs/letters, else assets/letters.pt)")
+    add("--label", help="a name or number; none = unconditional (default)")
+    add("--n", type=int, help="images or columns (default 16; --gif 32, --grid 8, --strip 2)")
+    add("--seed", type=int, default=0, help="image k has seed + k (default 0)")
+    add("--out", help="picture; folder for --per-label or --reconstruct")
+    add("--sampler", choices=SAMPLERS, default="plms", help="dpm = DPM-Solver++ 2M (default plms)")
+    add("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
+    add("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default 0)")
+    add("--scale", type=float, default=2.0, help="guidance scale, 1 = none (default 2)")
+    add("--guide-above", type=float, help="least noise to guide at, see with_cfg (the model's)")
+    guidance = ("classifier-free", "classifier")
+    add("--guidance", choices=guidance, default=guidance[0], help="4.4.3 or 4.4.2 (default 4.4.3)")
+    add("--classifier", help="its run folder or file (default runs/classifier)")
+    add("--clip", action="store_true", help="clamp the predicted x_0 to [-1, 1]")
+    add("--size", type=int, help="pixels, of a latent model or first stage (default: as trained)")
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw (ema)")
+    add("--batch", type=int, default=64, help="images per batch (default 64)")
+    add("--precision", choices=("float32", "bf16"), default="float32", help="(float32)")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--device", help="cuda, mps or cpu (default: the best one)")
+    return p.parse_args()
+
+
+def check(args):
+    """Raises UserError for numbers out of range, and for flags that would be ignored."""
+    least = dict.fromkeys(("n", "steps", "per_label", "size", "batch"), 1)
+    least |= dict.fromkeys(("scale", "scales", "guide_above", "eta", "seed"), 0)
+    for name, low in least.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not low <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: expected {low} or more")
+    suffix, guided = Path(args.out or "").suffix.lower(), args.guidance == "classifier"
+    if args.out and not args.per_label and (suffix or not args.reconstruct):
+        data.picture_name(args.out)
+    all_labels = args.grid or args.scales or args.text is not None
+    for wrong, message in (
+        (args.eta > 1, "--eta: expected 0 to 1"),
+        (args.eta and args.sampler != "ddim", "--eta: only with --sampler ddim"),
+        (args.classifier and not guided, "--classifier: only with --guidance classifier"),
+        (args.guide_above is not None and guided, "--guide-above: not with --guidance classifier"),
+        (args.label and all_labels, "--label: not with --grid, --scales or --text"),
+        (args.scales and args.n == 1, "--scales: the variety of a row needs --n 2 or more"),
+        (args.prior and args.n == 1, "--prior: a line between two z needs --n 2 or more"),
+        (args.gif and args.out and suffix != ".gif", f"--out {args.out}: a film; end it with .gif"),
+    ):
+        if wrong:
+            raise UserError(message)
+
+
+def open_models(args, device):
+    """The diffusion model, and the settings for `denoise` with the classifier among them."""
+    model = load(args.run, args.weights, device, args.compile)
+    if args.size and model.stage == "letters":
+        raise UserError("--size: this model draws pixels, of the size it was trained with")
+    if args.size:
+        factor = model.first_stage.factor
+        multiple = factor * 2 ** (len(model.settings["multipliers"]) - 1)  # halvings of the U-Net
+        if args.size % multiple:
+            raise UserError(f"--size {args.size}: expected a multiple of {multiple}")
+        model.shape = model.shape[0], args.size // factor, args.size // factor
+    if args.steps > model.diffusion.T:
+        raise UserError(f"--steps {args.steps}: expected 1 to {model.diffusion.T}, as in training")
+    if args.clip and model.stage == "ldm":
+        raise UserError("--clip: clamps pixels, and this model diffuses latents")
+    above = model.guide_above if args.guide_above is None else args.guide_above
+    settings = {name: getattr(args, name) for name in ("sampler", "steps", "scale", "eta", "clip")}
+    settings |= {"guide_above": above, "bf16": args.precision == "bf16", "classifier": None}
+    if args.guidance == "classifier":
+        run = args.classifier or "runs/classifier"
+        settings["classifier"] = load_classifier(run, model, args.weights, args.compile)
+    return model, settings
+
+
+def write_samples(args, device):
+    """All that a diffusion model draws."""
+    model, settings = open_models(args, device)
+    label = label_number(model, args.label) if args.label else None
+    unconditional = label == model.zero_label or args.grid or args.scales
+    guided = args.scale != 1 or settings["classifier"]
+    if model.settings["p_uncond"] == 0 and (guided or unconditional):
+        note = "this model never saw the zero-label; guidance and 'none' mean nothing"
+        print(f"note: trained with p_uncond 0, {note}", file=sys.stderr)
+    start, made = time.perf_counter(), ""
+    if args.per_label:
+        out = Path(args.out or "samples")
+        labels = range(len(model.classes)) if label is None else [label]
+        seeds = range(args.seed, args.seed + args.per_label)
+        try:
+            made = f"{write_many(model, out, labels, seeds, args.batch, **settings)} new images, "
+        except KeyboardInterrupt:
+            print(f"{out}: stopped; the same command goes on", file=sys.stderr)
+            raise
+    else:
+        picture, name = draw(model, args, label, settings)
+        out = Path(args.out or f"{name}.{'gif' if args.gif else 'png'}")
+        save(picture, out)
+    print(f"{out}: {made}{args.sampler}, {time.perf_counter() - start:.1f} s")
+
+
+def draw(model, args, label, settings):
+    """The picture that the arguments ask for, and its default name."""
+    batched, columns = settings | {"batch": args.batch}, args.n or 8
     if args.text is not None:
-        labels = word_labels(model, args.text)
-        y = np.array([i for i in labels if i is not None])
-        images = generate(model, y, args.seed + np.arange(len(y)), batch=batch, **how)
-        blank, drawn = np.zeros_like(images[:1]), iter(images)
-        row = np.stack([blank[0] if i is None else next(drawn) for i in labels])
-        return grid(row, len(row), scale=3, gap=0), len(y), f"{args.text.replace(' ', '_')}.png"
+        return draw_word(model, args.text, args.seed, **batched), args.text.replace(" ", "_")
     if args.grid:
-        columns = args.n or 8
-        images = images_by_label(model, columns, args.seed, batch=batch, **how)
-        return draw_rows(images, model.classes), columns * (len(model.classes) + 1), "grid.png"
+        images = images_by_label(model, columns, args.seed, **batched)
+        return draw_rows(images, model.classes), "grid"
     if args.scales:
-        columns = args.n or 8
-        count = columns * (len(model.classes) + 1) * len(args.scales)
-        return draw_scales(model, columns, args.seed, args.scales, batch=batch, **how), count, "scales.png"
-    if args.gif:
-        n = args.n or 32
-        y = np.arange(n) % len(model.classes) if label is None else np.full(n, label)
-        name = "all" if label is None else [*model.classes, "none"][label]
-        return animation(model, y, args.seed + np.arange(n), min(n, 8), **how), n, f"{name}.gif"
+        return draw_scales(model, columns, args.seed, args.scales, **batched), "scales"
+    n = args.n or (32 if args.gif else 2 if args.strip else 16)
+    seeds, each = args.seed + np.arange(n), args.gif and label is None
     label = model.zero_label if label is None else label
-    name = [*model.classes, "none"][label]
-    n = args.n or (2 if args.strip else 16)
-    y, seeds = np.full(n, label), args.seed + np.arange(n)
+    y = np.arange(n) % len(model.classes) if each else np.full(n, label)
+    name = "all" if each else [*model.classes, "none"][label]
+    if args.gif:
+        return animation(model, y, seeds, min(n, 8), **settings), name
     if args.strip:
-        return denoising_strip(model, y, seeds, **how), n, f"{name}_strip.png"
-    images = generate(model, y, seeds, batch=batch, **how)
-    return grid(images, min(n, 8), scale=max(1, 64 // images.shape[1])), n, f"{name}.png"
+        return denoising_strip(model, y, seeds, **settings), f"{name}_strip"
+    images = generate(model, y, seeds, **batched)
+    return grid(images, min(n, 8), scale=max(1, 64 // images.shape[1])), name
 
 
-def draw_scales(model, columns, seed, scales, **how):
-    """Figures 5.1 to 5.4, two in a row, one grid a guidance scale, and what the scale does to colour and variety as a table."""
-    titles = [f"scale {scale:g}" for scale in scales]
-    pictures = []
-    print(f"{'':10}  colour distance  variety")
-    for scale, title in zip(scales, titles):
-        images = images_by_label(model, columns, seed, **how | {"scale": scale})
-        pictures.append(draw_rows(images, model.classes))
-        distances, labelled = mean_colour_distances(images, model.classes), images[:-1]
-        distance = "-" if distances is None else f"{distances.mean():.1f}"
-        print(f"{title:10}  {distance:>15}  {variety(labelled).mean():7.1f}")
-    return stacked([side_by_side(pictures[i : i + 2], titles[i : i + 2]) for i in range(0, len(pictures), 2)])
+def draw_word(model, text, seed, **more):
+    """A word in one row, a blank for each space."""
+    letters, known = text.replace(" ", ""), {name.lower() for name in model.classes}
+    if not letters or not set(letters.lower()) <= known:
+        raise UserError(f"--text {text!r}: the model draws only {' '.join(model.classes)}")
+    images = generate(model, list(letters), seed=seed, **more)
+    blank, drawn = np.zeros_like(images[0]), iter(images)
+    row = np.stack([blank if char == " " else next(drawn) for char in text])
+    return grid(row, len(row), scale=3, gap=0)
+
+
+def main():
+    args = parse()
+    check(args)
+    device = args.device or data.best_device()
+    if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    data.tune(data.check_device(device))
+    other = write_reconstructions if args.reconstruct else draw_prior if args.prior else None
+    (other or write_samples)(args, device)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    data.run_program(main)

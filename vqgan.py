@@ -1,48 +1,52 @@
-"""First stages, from the auto-encoder to VQ-GAN: sections 3.1 to 3.4 and 4.4.7 of the thesis.
+"""Sections 3.1 to 3.4 and 4.4.7: first stages, from the auto-encoder to VQ-GAN.
 
     x --encoder--> z_e --bottleneck--> z --decoder--> x_r
 
-One encoder and one decoder with one of three bottlenecks between them: none (AE, 3.1), a diagonal Gaussian (VAE, 3.2), or a
-code-book (VQ-VAE, 3.4). VQ-GAN (3.4.1) is the third, trained with a perceptual and an adversarial loss as well. First what
-chapter 3 is about, bottlenecks and losses; then the network of fig. 4.10 and the whole model, whose attribute names are those
-of the published checkpoints, so such a state dict loads with `strict=True` and no table of names.
+Three bottlenecks share one encoder and decoder: none (AE, 3.1), a diagonal Gaussian (VAE, 3.2)
+and a code-book (VQ-VAE, 3.4). VQ-GAN (3.4.1) is the third with a perceptual and an adversarial
+loss. Layers have the names of the published checkpoints, so their state dicts load unchanged.
 """
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import nn
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3.1, 3.2, 3.4  The three bottlenecks
-#
-#   forward(h, noise) -> z, loss, codes     h from the encoder, z to the decoder in training, latent loss, codes used or None
-#   latent(h)                               what `encode` returns
-#   project(z)                              what `decode` makes of a latent before decoding it
-#   widen                                   channels of the encoder's output for one channel of z
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class NoBottleneck(nn.Module):
-    """3.1, AE: z = z_e. Nothing gives the latent space a structure: a z never encoded decodes to anything."""
+    """3.1, AE: z = z_e. The latent space has no structure: most z decode to nothing meaningful.
 
-    widen = 1
+    This is also the base of the other bottlenecks. widen: channels of z_e per channel of z;
+    active: if False, `VQGAN` leaves the bottleneck out.
+    """
 
-    def forward(self, h, noise=None):
-        return h, h.new_zeros(()), None
+    widen, active = 1, True
 
-    def latent(self, h):
-        return h
+    def forward(self, z_e, noise=None):
+        """Returns z for the decoder, the latent loss, and the indices of the codes or None."""
+        return z_e, z_e.new_zeros(()), None
+
+    def latent(self, z_e):
+        """The latent for a diffusion model, see `VQGAN.encode`."""
+        return z_e
 
     def project(self, z):
+        """From any latent to one that the decoder knows."""
         return z
 
 
-class GaussianBottleneck(nn.Module):
-    """3.2, VAE: q(z|x) = N(mu, diag sigma^2), where the encoder gives mu and log sigma^2; reparametrised as z = mu + sigma xi.
+class GaussianBottleneck(NoBottleneck):
+    """3.2, VAE: q(z|x) = N(mu, diag sigma^2), reparametrised as z = mu + sigma xi.
 
-    kl_weight: of the loss, kl_weight * (KL(q || N(0, I)) a latent value). Eq. 3.1 sums the error of all pixel values and the KL
-    of all latent values; here both are means, so the weight also stands for their ratio and for the width of p(x|z).
+    The encoder gives mu and log sigma^2. The loss is kl_weight * mean KL(q || N(0, I)). Eq. 3.1
+    sums the error over all pixel values and the KL over all latent values; here both are means,
+    so the weight also contains the ratio of their numbers and the width of p(x|z).
     """
 
     widen = 2
@@ -51,71 +55,60 @@ class GaussianBottleneck(nn.Module):
         super().__init__()
         self.kl_weight = kl_weight
 
-    def forward(self, h, noise=None):
+    def forward(self, z_e, noise=None):
         """noise: xi ~ N(0, I) in the shape of z, or None for z = mu."""
-        mu, logvar = self.moments(h)
+        mu, logvar = self.moments(z_e)
         z = mu if noise is None else mu + torch.exp(logvar / 2) * noise
         return z, self.kl_weight * kl_to_standard_normal(mu, logvar).mean(), None
 
-    def latent(self, h):
-        return self.moments(h)[0]
-
-    def project(self, z):
-        return z
+    def latent(self, z_e):
+        return self.moments(z_e)[0]
 
     @staticmethod
-    def moments(h):
-        mu, logvar = h.chunk(2, dim=1)
+    def moments(z_e):
+        mu, logvar = z_e.chunk(2, dim=1)
         return mu, logvar.clamp(-30, 20)
 
 
 def kl_to_standard_normal(mu, logvar):
-    """Eq. 3.1, second term, a latent value:  KL(N(mu, sigma^2) || N(0, 1)) = (mu^2 + sigma^2 - 1 - log sigma^2) / 2."""
+    """Eq. 3.1, second term: KL(N(mu, sigma^2) || N(0, 1)) per latent value."""
     return (mu.square() + logvar.exp() - 1 - logvar) / 2
 
 
-class Codebook(nn.Module):
+class Codebook(NoBottleneck):
     """3.4, VQ: every D-vector of z_e becomes the nearest of K codes (eq. 3.3, corrected, E11, E12).
 
-        k = argmin_j ||z_e - e_j||_2,    z_q = e_k          (fig. 3.4 prints argmax, the farthest code)
+        k = argmin_j ||z_e - e_j||_2,    z_q = e_k          (fig. 3.4 prints argmax, the farthest)
 
     Loss (eq. 3.4, second and third term; means over the values, as in fig. 3.4):
 
         mean (sg[z_e] - e)^2 + beta mean (z_e - sg[e])^2    code-book term, commitment term
 
-    `released=True` puts beta on the code-book term instead, as the code that trained the published weights does (E14): the
-    value is the same, the gradients are not. After the losses, and only there (E15), the gradient is sent straight through:
-    z_q = z_e + sg[z_q - z_e].
+    With `released` the factor beta stands at the code-book term instead, as in the code that
+    trained the published weights (E14): the same value, other gradients. The gradient passes
+    straight through: z_q = z_e + sg[e - z_e]. This comes after the losses (E15).
 
-    `active = False` lets z_e pass as it is: a young encoder learns several times faster without a code-book.
+    train.py sets `active` to False at first: a young encoder learns faster without a code-book.
     """
-
-    widen = 1
-    active = True
 
     def __init__(self, codes=16384, dim=4, beta=0.25, released=False):
         super().__init__()
-        self.beta, self.released = beta, released
+        self.w_codebook, self.w_commitment = (beta, 1) if released else (1, beta)
         self.embedding = nn.Embedding(codes, dim)
         nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
 
-    def forward(self, h, noise=None):
-        if not self.active:
-            return h, h.new_zeros(()), None
-        k = self.nearest(h)  # (B, H, W)
-        z_q = self.lookup(k)
-        codebook, commitment = F.mse_loss(z_q, h.detach()), F.mse_loss(h, z_q.detach())
-        loss = self.beta * codebook + commitment if self.released else codebook + self.beta * commitment
-        return h + (z_q - h).detach(), loss, k
+    def forward(self, z_e, noise=None):
+        k = self.nearest(z_e)  # (B, H, W)
+        e = self.lookup(k)  # (B, D, H, W)
+        codebook, commitment = F.mse_loss(e, z_e.detach()), F.mse_loss(z_e, e.detach())
+        z_q = z_e + (e - z_e).detach()
+        return z_q, self.w_codebook * codebook + self.w_commitment * commitment, k
 
-    def latent(self, h):
-        return h  # before quantisation: the diffusion model works on these (E54)
-
-    def project(self, z):
-        return self.lookup(self.nearest(z)) if self.active else z
+    def project(self, z):  # but `latent` does not quantise (E54)
+        return self.lookup(self.nearest(z))
 
     def nearest(self, z):
-        """z (B, D, H, W) -> indices of the nearest codes (B, H, W)."""
+        """z (B, D, H, W) -> indices of the nearest codes, (B, H, W)."""
         flat = z.detach().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         k = nearest_code(flat, self.embedding.weight.detach())
         return k.reshape(len(z), *z.shape[2:])
@@ -125,39 +118,41 @@ class Codebook(nn.Module):
 
 
 def nearest_code(z, codes, chunk=2**21):
-    """argmin_j ||z_i - e_j||_2 (eq. 3.3), in float64 (float32 on mps), without the N x K matrix of distances.
+    """argmin_j ||z_i - e_j||_2 (eq. 3.3), in float64 (float32 on mps). z: (N, D); codes: (K, D).
 
-    On a CPU a k-d tree answers while D is small; otherwise the matrix is made `chunk` entries at a time, by
-    ||z - e||^2 / 2 = ||e||^2 / 2 - z . e + const.   z: (N, D); codes: (K, D). Returns (N,) int64.
+    On a CPU a k-d tree finds it if D is small. Otherwise the N x K matrix is computed in parts of
+    `chunk` entries: ||z - e||^2 / 2 = ||e||^2 / 2 - z . e + const. Returns (N,) int64.
     """
     if z.device.type == "cpu" and z.shape[1] <= 8:
-        z, codes = (a.double().nan_to_num(0, 0, 0).numpy() for a in (z, codes))  # a diverged run is for the loop to report
-        tree = cKDTree(codes, balanced_tree=False, compact_nodes=False)  # built in 2 ms for 16384 x 4
+        # NaN becomes 0, because the training loop reports a diverged network better than the tree
+        z, codes = (a.double().nan_to_num(0, 0, 0).numpy() for a in (z, codes))
+        tree = cKDTree(codes, balanced_tree=False, compact_nodes=False)  # 2 ms for 16384 x 4
         return torch.from_numpy(tree.query(z, workers=torch.get_num_threads())[1])
     precise = torch.float32 if z.device.type == "mps" else torch.float64
     z, codes = z.to(precise), codes.to(precise)
     half = codes.square().sum(1) / 2
     rows = max(1, chunk // len(codes))
     with torch.autocast(z.device.type, enabled=False):
-        return torch.cat([torch.addmm(half, part, codes.T, alpha=-1).argmin(1) for part in z.split(rows)])
+        parts = [torch.addmm(half, part, codes.T, alpha=-1).argmin(1) for part in z.split(rows)]
+    return torch.cat(parts)
 
 
 def code_use(counts):
-    """How many codes are used, and their perplexity exp(-sum p log p). counts: (K,), over an epoch: a batch misleads."""
+    """The number of used codes and their perplexity exp(-sum p log p). counts: (K,), per epoch."""
     counts = counts.cpu()
     p = counts.double() / counts.sum().clamp(min=1)
     return int((counts > 0).sum()), torch.exp(torch.special.entr(p).sum()).item()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3.2.2  Perceptual loss
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16, cut where the perceptual loss looks: after relu1_2, 2_2, 3_3, 4_3 and 5_3.
+    """The convolutions of VGG16 in five slices, which end at relu1_2, 2_2, 3_3, 4_3 and 5_3.
 
-    Layers keep their number in torchvision's `features`, so `slice3.10` is its `features.10`.
+    Layers keep their number in torchvision's `features`: `slice3.10` is its `features.10`.
     """
 
     SLICES = (
@@ -177,67 +172,59 @@ class VGG16(nn.Module):
     def forward(self, x):
         features = []
         for s in range(1, 6):
-            if s > 1:
-                x = F.max_pool2d(x, 2)
+            x = F.max_pool2d(x, 2) if s > 1 else x
             for conv in getattr(self, f"slice{s}").values():
                 x = F.relu(conv(x))
             features.append(x)
         return features
 
 
-class LinearHead(nn.Module):
-    """A learned weight for every channel of one layer's features."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))  # published name: model.1
-
-    def forward(self, x):
-        return self.model(x)
-
-
 class PerceptualLoss(nn.Module):
-    """3.2.2, in the form of VQ-GAN: LPIPS, a learned, weighted L2 between channel-normalised VGG16 features (E09).
+    """3.2.2, as in VQ-GAN: LPIPS, a weighted L2 between normalised VGG16 features (E09).
 
         d(x, y) = sum_l mean_{h,w} sum_c w_lc (phi_lc(x) / |phi_l(x)| - phi_lc(y) / |phi_l(y)|)^2
 
-    x, y: (B, 3, H, W) in [-1, 1]. Returns (B,). Its weights are fixed; `ldm.load_perceptual` reads them from files.
+    x, y: (B, 3, H, W) in [-1, 1]. Returns (B,). The weights w_lc were learned by others and are
+    fixed; `ldm.load_perceptual` reads all weights from files.
     """
 
     def __init__(self):
         super().__init__()
-        self.scaling_layer = nn.Module()  # from [-1, 1] to what VGG16 was trained on
-        self.scaling_layer.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None])
-        self.scaling_layer.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[None, :, None, None])
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]])
+        self.scaling_layer = nn.Module()  # from [-1, 1] to the values that VGG16 was trained on
+        self.scaling_layer.register_buffer("shift", shift[None, :, None, None])
+        self.scaling_layer.register_buffer("scale", scale[None, :, None, None])
         self.net = VGG16()
-        for i, channels in enumerate((64, 128, 256, 512, 512)):
-            setattr(self, f"lin{i}", LinearHead(channels))
+        for i, channels in enumerate(
+            (64, 128, 256, 512, 512)
+        ):  # the published name is lin0.model.1
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+            setattr(self, f"lin{i}", nn.ModuleDict({"model": head}))
         self.requires_grad_(False)
 
     def forward(self, x, y):
         total = 0.0
         for i, (f_x, f_y) in enumerate(zip(self.features(x), self.features(y))):
-            difference = (unit_channels(f_x) - unit_channels(f_y)).square()  # (B, C, h, w)
-            total = total + getattr(self, f"lin{i}")(difference).mean((1, 2, 3))
+            head = getattr(self, f"lin{i}")["model"]  # w_l
+            total = total + head((f_x - f_y).square()).mean((1, 2, 3))
         return total
 
     def features(self, x):
-        return self.net((x - self.scaling_layer.shift) / self.scaling_layer.scale)
+        """phi_l / |phi_l| of the five layers, (B, C, h, w)."""
+        x = (x - self.scaling_layer.shift) / self.scaling_layer.scale
+        return (f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10) for f in self.net(x))
 
 
-def unit_channels(f):
-    return f / (f.square().sum(1, keepdim=True).sqrt() + 1e-10)
-
-
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3.3, 3.4.1  The adversary
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class PatchDiscriminator(nn.Module):
-    """3.4.1: one logit for every patch of the image, real > 0 > fake. (B, 3, H, W) -> (B, 1, h, w).
+    """3.4.1: one logit per patch of the image, real > 0 > fake. (B, 3, H, W) -> (B, 1, h, w).
 
-    layers: halvings of the resolution; 2, as in the published f = 8 model, gives patches of 34 x 34 pixels, 3 of 70 x 70.
+    layers: halvings of the resolution. 2, as in the published f = 8 model, gives patches of
+    34 x 34 pixels; 3 gives 70 x 70.
     """
 
     def __init__(self, channels=64, layers=2):
@@ -264,12 +251,12 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real, fake, kind="hinge"):
-    """What D minimises, from its logits for real and for reconstructed images (3.4.1; sign corrected, E17).
+    """The loss of D, from its logits for real and for reconstructed images (3.4.1, corrected, E17).
 
         hinge:    mean(max(0, 1 - real) + max(0, 1 + fake)) / 2
         vanilla:  -mean(log D(x) + log(1 - D(x_r))) / 2,   D = sigmoid(logit)
 
-    The thesis prints log D(x) + log(1 - D(x_r)) as the loss: that is what D maximises (eq. 3.2).
+    The thesis prints log D(x) + log(1 - D(x_r)) as the loss; D maximises this (eq. 3.2).
     """
     if kind == "hinge":
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
@@ -277,29 +264,31 @@ def discriminator_loss(real, fake, kind="hinge"):
 
 
 def generator_loss(fake, kind="hinge"):
-    """What the generator minimises: hinge, -mean(fake); vanilla, -mean(log D(x_r)), the form that does not saturate (E10)."""
+    """The loss of G: -mean(fake); vanilla: -mean log D(x_r), which does not saturate (E10)."""
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
 def adaptive_weight(rec_loss, g_loss, last_layer, average=lambda gradient: gradient, delta=1e-4):
-    """lambda of eq. 3.5, for which the thesis gives no formula (E18).
+    """lambda of eq. 3.5, for which the thesis gives no formula (E18). A number without gradient.
 
-        lambda = |grad_L rec_loss| / (|grad_L g_loss| + delta),   L the weight of the decoder's last layer; in [0, 10^4]
+        lambda = |grad_L rec_loss| / (|grad_L g_loss| + delta),   in [0, 10^4]
 
-    The gradient of rec_loss + lambda g_loss at L is g_r + lambda g_a. Neither term is to drown the other: |lambda g_a| = |g_r|
-    gives this quotient; delta keeps it finite when the adversary is silent. Both losses reach the rest of the decoder through L
-    only, so one layer is measured and not all.
+    L is the weight of the decoder's last layer. The gradient of rec_loss + lambda g_loss at L is
+    g_r + lambda g_a; with this quotient both terms are equally large. Both losses reach the rest of
+    the decoder only through L, so one layer is enough. delta keeps lambda finite if g_a is zero.
 
-    average: of the gradients of several processes that share a batch. Returns a number without gradient. Only the generator's
-    term is weighted; D has a loss and an optimiser of its own.
+    average: takes the mean of a gradient over the processes. Only the generator's term has the
+    weight; D has its own loss and optimiser.
     """
-    grad_rec, grad_g = (average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]) for loss in (rec_loss, g_loss))
-    return (grad_rec.norm() / (grad_g.norm() + delta)).clamp(0, 1e4).detach()
+    (g_r,) = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
+    (g_a,) = torch.autograd.grad(g_loss, last_layer, retain_graph=True)
+    weight = average(g_r).norm() / (average(g_a).norm() + delta)
+    return weight.clamp(0, 1e4).detach()
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 4.4.7  Layers (fig. 4.10)
-# ------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# 4.4.7  The network (fig. 4.10)
+# --------------------------------------------------------------------------------------------------
 
 
 def norm(channels, groups):
@@ -307,7 +296,7 @@ def norm(channels, groups):
 
 
 def initialise(network):
-    """Start weights: signals keep their size through a convolution, and every residual branch begins at zero."""
+    """First weights: a convolution keeps the size of its input; residual branches start at zero."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.xavier_uniform_(layer.weight)
@@ -338,7 +327,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """The "non-local block" of fig. 4.10: softmax attention with one head over the H W positions."""
+    """The "non-local block" of fig. 4.10: softmax attention over H W positions, one head."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -350,37 +339,38 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, H W, C)
-        h = F.scaled_dot_product_attention(q, k, v)  # scale C^(-1/2)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, H W, C), scale C^(-1/2)
         return x + self.proj_out(h[:, 0].transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2); padded at the right and the bottom only
+def downsample(channels):
+    """(B, C, H, W) -> (B, C, H/2, W/2); padded only at the right and at the bottom."""
+    conv = nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+def upsample(channels):
+    """(B, C, H, W) -> (B, C, 2H, 2W)."""
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv))
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))  # (B, C, 2H, 2W)
+
+def middle(channels, groups):
+    first, second = (ResnetBlock(channels, channels, groups) for _ in range(2))
+    attention = AttnBlock(channels, groups)
+    return nn.Sequential(OrderedDict(block_1=first, attn_1=attention, block_2=second))
 
 
 class Level(nn.Module):
-    """The blocks at one resolution, each with attention behind it where `attends`."""
+    """The blocks at one resolution; with `attends` attention follows each of them."""
 
     def __init__(self, in_channels, out_channels, blocks, attends, groups):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResnetBlock(c, out_channels, groups) for c in widths[:-1])
-        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) if attends else nn.Identity() for _ in range(blocks))
+        attention = (lambda: AttnBlock(out_channels, groups)) if attends else nn.Identity
+        self.attn = nn.ModuleList(attention() for _ in range(blocks))
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn):
@@ -388,27 +378,12 @@ class Level(nn.Module):
         return h
 
 
-class Middle(nn.Module):
-    def __init__(self, channels, groups):
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, h):
-        return self.block_2(self.attn_1(self.block_1(h)))
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# 4.4.7  Encoder and decoder (fig. 4.10)
-# ------------------------------------------------------------------------------------------------------------------
-
-
 class Encoder(nn.Module):
     """Image -> latent: (B, 3, H, W) -> (B, z_channels, H/f, W/f),  f = 2^(levels - 1).
 
-    channels: width of the first level; multipliers: width of every level as a multiple of it; blocks: residual blocks a level;
-    attention_levels: levels with attention behind every block (the lowest resolution has one more in the middle anyway).
+    channels: width of the first level; multipliers: width per level as a multiple of it; blocks:
+    residual blocks per level; attention_levels: levels with attention after each block, 0 is the
+    full resolution (the middle of the network always has attention).
     """
 
     def __init__(self, channels, multipliers, blocks, attention_levels, z_channels, groups):
@@ -419,9 +394,9 @@ class Encoder(nn.Module):
         for i in range(len(multipliers)):
             level = Level(widths[i], widths[i + 1], blocks, i in attention_levels, groups)
             if i < len(multipliers) - 1:
-                level.downsample = Downsample(widths[i + 1])
+                level.downsample = downsample(widths[i + 1])
             self.down.append(level)
-        self.mid = Middle(widths[-1], groups)
+        self.mid = middle(widths[-1], groups)
         self.norm_out = norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
@@ -434,18 +409,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent -> image, the mirror of `Encoder` with one block a level more. No clamp at the end: values may leave [-1, 1]."""
+    """Latent -> image (not clamped): `Encoder` mirrored, with one more block per level."""
 
     def __init__(self, channels, multipliers, blocks, attention_levels, z_channels, groups):
         super().__init__()
         widths = [channels * m for m in (*multipliers, multipliers[-1])]
         self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], groups)
+        self.mid = middle(widths[-1], groups)
         self.up = nn.ModuleList()  # index 0 is the full resolution, as in the encoder
         for i in range(len(multipliers)):
             level = Level(widths[i + 1], widths[i], blocks + 1, i in attention_levels, groups)
             if i > 0:
-                level.upsample = Upsample(widths[i])
+                level.upsample = upsample(widths[i])
             self.up.append(level)
         self.norm_out = norm(widths[0], groups)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
@@ -458,16 +433,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# 4.4.7  The model
-# ------------------------------------------------------------------------------------------------------------------
-
-
 class VQGAN(nn.Module):
-    """Encoder, bottleneck and decoder. The defaults are the published f = 8 model: 256 x 256 x 3 -> 32 x 32 x 4, 16384 codes.
+    """The first stage; by default the published f = 8 model: 256 x 256 x 3 -> 32 x 32 x 4 (E55).
 
-    bottleneck: `NoBottleneck()`, `GaussianBottleneck()` or a `Codebook` of dimension `z_channels`, which is the default.
-    groups: of every GroupNorm.
+    bottleneck: `NoBottleneck()`, `GaussianBottleneck()` or a `Codebook` of dimension z_channels
+    (default: of 16384 codes); groups: of every GroupNorm; the rest as in `Encoder`.
     """
 
     def __init__(
@@ -481,7 +451,7 @@ class VQGAN(nn.Module):
         groups=32,
     ):
         super().__init__()
-        self.quantize = bottleneck or Codebook(16384, z_channels)  # the published name, whatever the bottleneck
+        self.quantize = bottleneck or Codebook(16384, z_channels)  # the published name
         wide = z_channels * self.quantize.widen
         self.z_channels, self.factor = z_channels, 2 ** (len(multipliers) - 1)
         self.encoder = Encoder(channels, multipliers, blocks, attention_levels, wide, groups)
@@ -490,21 +460,26 @@ class VQGAN(nn.Module):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
         initialise(self)
 
-    def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1], H and W divisible by f -> the latent z (B, z_channels, H/f, W/f).
+    @property
+    def bottleneck(self):
+        return self.quantize if self.quantize.active else NoBottleneck()
 
-        With a code-book this is z_e, before quantisation; of a Gaussian it is the mean.
+    def encode(self, x):
+        """Image (B, 3, H, W) in [-1, 1] -> latent (B, z_channels, H/f, W/f); f divides H and W.
+
+        With a code-book this is z_e, before quantisation (E54); with a Gaussian it is the mean.
         """
-        return self.quantize.latent(self._encode(x))
+        return self.bottleneck.latent(self._encode(x))
 
     def decode(self, z):
-        """A latent (B, z_channels, h, w) -> image (B, 3, f h, f w). With a code-book, z is quantised first (E54)."""
-        return self.decoder(self.post_quant_conv(self.quantize.project(z)))
+        """Latent (B, z_channels, h, w) -> image (B, 3, f h, f w). A code-book quantises z (E54)."""
+        return self.decoder(self.post_quant_conv(self.bottleneck.project(z)))
 
     def forward(self, x, noise=None):
-        """Returns x_r (B, 3, H, W), the latent loss of the bottleneck, and the codes used, (B, H/f, W/f) or None."""
-        z, loss, codes = self.quantize(self._encode(x), noise)
+        """Returns x_r (B, 3, H, W), the latent loss, and the codes, (B, H/f, W/f) or None."""
+        z, loss, codes = self.bottleneck(self._encode(x), noise)
         return self.decoder(self.post_quant_conv(z)).to(x.dtype), loss, codes
 
     def _encode(self, x):
-        return self.quant_conv(self.encoder(x)).to(x.dtype)  # distances and losses in full precision under autocast too
+        z_e = self.quant_conv(self.encoder(x))
+        return z_e.to(x.dtype)  # distances and losses in full precision under autocast, too

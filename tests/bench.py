@@ -65,7 +65,15 @@ from fid import (
 )
 from ldm import PixelDiffusion
 from sample import ddim, ddpm, denoise, dpm, generate, load, load_classifier, plms, timesteps
-from train import EMA, SIZES, Latent, Letters, checkpoint_activations, resident_peak, untrained_latent
+from train import (
+    EMA,
+    SIZES,
+    Latent,
+    Letters,
+    checkpoint_activations,
+    resident_peak,
+    untrained_latent,
+)
 from unet import latent_unet, letters_unet
 from vqgan import VQGAN, nearest_code
 
@@ -86,7 +94,9 @@ def letters_model():
     unet = letters_unet(size["channels"], size["multipliers"], 1, 27)
     for p in unet.parameters():
         p.data += 0.01 * torch.randn_like(p)
-    return PixelDiffusion(unet, linear_schedule(), ALPHABET, (3, 32, 32)).to(memory_format=torch.channels_last)
+    return PixelDiffusion(unet, linear_schedule(), ALPHABET, (3, 32, 32)).to(
+        memory_format=torch.channels_last
+    )
 
 
 def bench_training(batch=64):
@@ -111,14 +121,20 @@ def bench_training(batch=64):
         rate, shares = flops / taken / 1e9, []
         for peak, what in ((convolution, "convolutions"), (product, "matrix products")):
             shares.append(f"{1e11 * rate / peak:.0f} % of the peak of {what} ({peak / 1e9:.0f})")
-        print(f"training, {count:.1f}M parameters, batch {batch}, {name}: {batch / taken:.0f} images/s")
+        print(
+            f"training, {count:.1f}M parameters, batch {batch}, {name}: {batch / taken:.0f} images/s"
+        )
         print(f"    {rate:.0f} Gflop/s, {' and '.join(shares)}")
 
 
 def peaks(bf16):
     """Floating-point operations a second of a large matrix product and of a large 3 x 3 convolution."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    n, x, conv = 2048, torch.randn(8, 256, 32, 32), torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype)
+    n, x, conv = (
+        2048,
+        torch.randn(8, 256, 32, 32),
+        torch.nn.Conv2d(256, 256, 3, padding=1).to(dtype),
+    )
     a, x = torch.randn(n, n).to(dtype), x.to(dtype).contiguous(memory_format=torch.channels_last)
     conv = conv.to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -135,13 +151,23 @@ def bench_sampling(batch=64, steps=50, rounds=2, against=None):
             sampling, bare, inside = sampling_times(model.eval(), batch, steps, rounds, bf16)
             what = f"sampling {name}, PLMS-{steps}, scale 2, batch {batch}, {'bf16' if bf16 else 'float32'}"
             rate = f"{batch / sampling:.1f} images/s; {bare / sampling:.3f} of the images/s of {steps + 1} bare evaluations"
-            print(f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network", flush=True)
+            print(
+                f"{what}: {rate}\n    {100 - 100 * inside / sampling:.2f} % of the time outside the network",
+                flush=True,
+            )
     x, alpha_bar = torch.randn(16, 4, 32, 32), model.diffusion.alpha_bar
-    ours = seconds(lambda: deque(plms(lambda x, t: 0.1 * x, x, timesteps(1000, steps), alpha_bar), maxlen=1))
-    print(f"sampler alone, PLMS-{steps}, 16 latents of 4 x 32 x 32, a network that takes no time: {1000 * ours:.1f} ms", end="")
+    ours = seconds(
+        lambda: deque(plms(lambda x, t: 0.1 * x, x, timesteps(1000, steps), alpha_bar), maxlen=1)
+    )
+    print(
+        f"sampler alone, PLMS-{steps}, 16 latents of 4 x 32 x 32, a network that takes no time: {1000 * ours:.1f} ms",
+        end="",
+    )
     if against:
         theirs = seconds(lambda: pndm(x, steps))
-        print(f"; diffusers' PNDM {1000 * theirs:.1f} ms, {theirs / ours:.1f} times as long", end="")
+        print(
+            f"; diffusers' PNDM {1000 * theirs:.1f} ms, {theirs / ours:.1f} times as long", end=""
+        )
     print()
 
 
@@ -151,8 +177,15 @@ def sampling_times(model, batch, steps, rounds, bf16):
     of the rounds."""
     network, inside = model.unet.forward, 0.0
     y, seeds = np.arange(batch) % model.zero_label, np.arange(batch)
-    x, t, labels = torch.randn(2 * batch, *model.shape), torch.full((2 * batch,), 500), np.arange(2 * batch) % model.zero_label
-    x, condition = x.contiguous(memory_format=torch.channels_last), model.condition(torch.from_numpy(labels))
+    x, t, labels = (
+        torch.randn(2 * batch, *model.shape),
+        torch.full((2 * batch,), 500),
+        np.arange(2 * batch) % model.zero_label,
+    )
+    x, condition = (
+        x.contiguous(memory_format=torch.channels_last),
+        model.condition(torch.from_numpy(labels)),
+    )
 
     def timed(*args, **kwargs):
         nonlocal inside
@@ -234,14 +267,23 @@ def bench_solvers(counts=(5, 10, 15, 20, 50, 100), each=4, samples=200_000):
     mixture, generator, lines = Mixture(), torch.Generator().manual_seed(0), {}
     for sampler, name in NAMES.items():
         n = samples if sampler is ddpm else 2000
-        noise = [lambda: torch.randn(samples, generator=generator, dtype=torch.float64)] if sampler is ddpm else []
+        noise = (
+            [lambda: torch.randn(samples, generator=generator, dtype=torch.float64)]
+            if sampler is ddpm
+            else []
+        )
         start, exact = mixture.quantiles(1000, n), mixture.quantiles(0, n)
         errors = []
         for steps in counts:
-            *_, (_, x, _) = sampler(mixture.eps, start, timesteps(1000, steps), mixture.alpha_bar, *noise)
+            *_, (_, x, _) = sampler(
+                mixture.eps, start, timesteps(1000, steps), mixture.alpha_bar, *noise
+            )
             errors.append((x.sort().values - exact).abs().mean().item())
         lines[name] = [([steps + (sampler is plms) for steps in counts], errors)]
-        print(f"mixture, {name:15} " + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors)))
+        print(
+            f"mixture, {name:15} "
+            + "  ".join(f"{steps}: {error:.4f}" for steps, error in zip(counts, errors))
+        )
     title = "Error on a mixture of two Gaussians"
     pictures = [chart(lines, title, "evaluations", "mean distance of sorted values", (940, 320))]
 
@@ -249,8 +291,12 @@ def bench_solvers(counts=(5, 10, 15, 20, 50, 100), each=4, samples=200_000):
     y = np.arange(26).repeat(each)
     for steps in (5, 10, 20, 50):
         for sampler, name in NAMES.items():
-            images = generate(model, y, sampler=sampler.__name__, steps=steps, bf16=True, progress=False)
-            rows.append({"label": f"{steps} steps", "set": name, "recognised": 100 * judge(images, y)})
+            images = generate(
+                model, y, sampler=sampler.__name__, steps=steps, bf16=True, progress=False
+            )
+            rows.append(
+                {"label": f"{steps} steps", "set": name, "recognised": 100 * judge(images, y)}
+            )
             print(f"letters, {name:15} {steps}: {rows[-1]['recognised']:.1f} %", flush=True)
             if steps <= 10:
                 shown.append(images[:: 2 * each])
@@ -269,7 +315,9 @@ def bench_guidance(scales=(1, 2, 5, 15), each=8):
     classifier = load_classifier("runs/classifier", model)
     y, shown, names = np.arange(26).repeat(each), [], []
     real = validation_letters()
-    print(f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {letters_variety(real):.1f}")
+    print(
+        f"validation fonts: {100 * judge(real, np.arange(26).repeat(40)):.1f} %, variety {letters_variety(real):.1f}"
+    )
     for name, guide in (("classifier-free", None), ("classifier", classifier)):
         for scale in scales:
             images = generate(model, y, scale=scale, classifier=guide, bf16=True, progress=False)
@@ -332,17 +380,27 @@ def bench_first_stage(against=None):
 
     plain, tree = seconds(matrix, 2), seconds(lambda: nearest_code(z, codes))
     young = seconds(lambda: nearest_code(z, codes / 16384))
-    print(f"nearest of 16384 codes for 8192 vectors: {1000 * tree:.1f} ms, distance matrix {1000 * plain:.0f} ms")
-    print(f"    ({plain / tree:.0f} times as fast; with codes as initialised {plain / young:.0f} times)")
+    print(
+        f"nearest of 16384 codes for 8192 vectors: {1000 * tree:.1f} ms, distance matrix {1000 * plain:.0f} ms"
+    )
+    print(
+        f"    ({plain / tree:.0f} times as fast; with codes as initialised {plain / young:.0f} times)"
+    )
     for what in ("codes", 256, 512):
         mib, taken = in_new_process(first_stage_memory, what)
-        name = "search" if what == "codes" else f"encode + decode of {what} x {what}, published size, float32"
+        name = (
+            "search"
+            if what == "codes"
+            else f"encode + decode of {what} x {what}, published size, float32"
+        )
         print(f"    {name}: peak memory + {mib:.0f} MiB, {taken:.2f} s")
     print(f"{'first stage of the published size, 256 x 256, CPU time':52} encode, s  decode, s")
     for name in ("ours", "diffusers")[: 2 if against else 1]:
         for bf16 in (False, True):
             encode, decode = in_new_process(first_stage_times, name, bf16)
-            print(f"{'    ' + name + (', bf16' if bf16 else ', float32'):52} {encode:9.2f}  {decode:9.2f}")
+            print(
+                f"{'    ' + name + (', bf16' if bf16 else ', float32'):52} {encode:9.2f}  {decode:9.2f}"
+            )
 
 
 @torch.no_grad()
@@ -353,8 +411,15 @@ def first_stage_times(name, bf16):
         from diffusers import VQModel
 
         down, up = "DownEncoderBlock2D", "UpDecoderBlock2D"
-        widths = {"block_out_channels": (128, 256, 256, 512), "layers_per_block": 2, "norm_num_groups": 32}
-        blocks = {"down_block_types": (down, down, down, "Attn" + down), "up_block_types": ("Attn" + up, up, up, up)}
+        widths = {
+            "block_out_channels": (128, 256, 256, 512),
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+        }
+        blocks = {
+            "down_block_types": (down, down, down, "Attn" + down),
+            "up_block_types": ("Attn" + up, up, up, up),
+        }
         latent = {"latent_channels": 4, "num_vq_embeddings": 16384, "vq_embed_dim": 4}
         model = VQModel(sample_size=256, **widths, **blocks, **latent).eval()
         encode, decode = (lambda: model.encode(x).latents), (lambda z: model.decode(z).sample)
@@ -365,7 +430,9 @@ def first_stage_times(name, bf16):
     assert sum(p.numel() for p in model.parameters()) == 67_717_295
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         z = encode().float()
-        return seconds(encode, 3, time.process_time), seconds(lambda: decode(z), 3, time.process_time)
+        return seconds(encode, 3, time.process_time), seconds(
+            lambda: decode(z), 3, time.process_time
+        )
 
 
 def first_stage_memory(what):
@@ -404,7 +471,9 @@ def bench_frechet(d=2048):
         root = time.perf_counter() - start
         ours = seconds(lambda: frechet_distance(*sets), 2)  # noqa: B023
         ratio = f"{root / ours:.0f} times as long"
-        print(f"Frechet distance, {d} features, {count:,} images: {ours:.2f} s; sqrtm {root:.1f} s, {ratio}")
+        print(
+            f"Frechet distance, {d} features, {count:,} images: {ours:.2f} s; sqrtm {root:.1f} s, {ratio}"
+        )
 
 
 def bench_features(batch=16):
@@ -442,7 +511,12 @@ def streaming_memory(count, keep):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         source = repeated(folder, count, size=64, label="none")
-        list(measure(repeated(folder, 64, size=64, label="none"), lambda images: torch.randn(len(images), 8)))
+        list(
+            measure(
+                repeated(folder, 64, size=64, label="none"),
+                lambda images: torch.randn(len(images), 8),
+            )
+        )
         before = resident_peak()
         list(measure(source, lambda images: torch.randn(len(images), 2048), keep))
         return resident_peak() - before
@@ -452,7 +526,9 @@ def bench_memory():
     """Below 2048 images the rows are kept (16 KiB each); from there on it is flat. Kept features, 8 KiB each, end at 10,000."""
     for what, keep in (("Frechet distance alone", 0), ("with 10,000 features kept", 10_000)):
         rise = [in_new_process(streaming_memory, count, keep) for count in (1000, 3000, 20_000)]
-        print(f"memory, {what}: {rise[0]:.0f}, {rise[1]:.0f}, {rise[2]:.0f} MiB at 1,000, 3,000 and 20,000 images")
+        print(
+            f"memory, {what}: {rise[0]:.0f}, {rise[1]:.0f}, {rise[2]:.0f} MiB at 1,000, 3,000 and 20,000 images"
+        )
 
 
 def bench_evaluation():
@@ -470,7 +546,9 @@ def bench_paintings(count=48):
         root = Path(folder) / "paintings"
         root.mkdir()
         for i, picture in enumerate(pictures):
-            Image.fromarray(picture).resize((512, 512), Image.Resampling.LANCZOS).save(root / f"{i}.jpg", quality=90)
+            Image.fromarray(picture).resize((512, 512), Image.Resampling.LANCZOS).save(
+                root / f"{i}.jpg", quality=90
+            )
 
         def plain():
             for file in root.glob("*.jpg"):
@@ -505,12 +583,16 @@ THEIR_MODES = {
 
 
 def bench_unet(against=None):
-    print(f"{'U-Net of 394,984,196 parameters, batch 2, CPU time':52} forward, s  + backward, s  peak, MiB")
+    print(
+        f"{'U-Net of 394,984,196 parameters, batch 2, CPU time':52} forward, s  + backward, s  peak, MiB"
+    )
     for name, mode in (MODES | (THEIR_MODES if against else {})).items():
         mib, forward, both = in_new_process(unet_times, mode)
         print(f"{'    ' + name:52} {forward:10.2f}  {both:13.2f}  {mib:9,.0f}", flush=True)
     for name, how in (("fused, as in train.py", {"fused": True}), ("torch's default", {})):
-        print(f"    AdamW on as many parameters, {name}: {in_new_process(adamw_time, how):.2f} s of CPU time")
+        print(
+            f"    AdamW on as many parameters, {name}: {in_new_process(adamw_time, how):.2f} s of CPU time"
+        )
 
 
 def unet_times(mode):
@@ -522,8 +604,15 @@ def unet_times(mode):
     if "diffusers" in mode:
         from diffusers import UNet2DConditionModel
 
-        widths = {"block_out_channels": (256, 512, 1024), "attention_head_dim": (8, 16, 32), "cross_attention_dim": 512}
-        blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 3, "up_block_types": ("CrossAttnUpBlock2D",) * 3}
+        widths = {
+            "block_out_channels": (256, 512, 1024),
+            "attention_head_dim": (8, 16, 32),
+            "cross_attention_dim": 512,
+        }
+        blocks = {
+            "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+            "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        }
         unet = UNet2DConditionModel(32, 4, 4, **widths, **blocks, layers_per_block=2)
         call = lambda: unet(x, t, context).sample  # noqa: E731
     else:
@@ -531,7 +620,10 @@ def unet_times(mode):
         call = lambda: unet(x, t, context=context)  # noqa: E731
     assert sum(p.numel() for p in unet.parameters()) == 394_984_196
     if "last" in mode:
-        unet, x = unet.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+        unet, x = (
+            unet.to(memory_format=torch.channels_last),
+            x.contiguous(memory_format=torch.channels_last),
+        )
     if "again" in mode:
         checkpoint_activations(unet)
     if "compile" in mode:
@@ -545,7 +637,10 @@ def unet_times(mode):
         unet.zero_grad()
         forward().float().square().mean().backward()
 
-    taken = seconds(torch.no_grad()(forward), 3, time.process_time), seconds(both, 2, time.process_time)
+    taken = (
+        seconds(torch.no_grad()(forward), 3, time.process_time),
+        seconds(both, 2, time.process_time),
+    )
     return resident_peak(), *taken
 
 
@@ -558,12 +653,20 @@ def adamw_time(how):
 
 def bench_latent():
     """The thesis's 400M model: one training update, and one picture from end to end, at random weights."""
-    for name, bf16, again in (("float32", False, False), ("bf16", True, False), ("bf16, --checkpoint-activations", True, True)):
+    for name, bf16, again in (
+        ("float32", False, False),
+        ("bf16", True, False),
+        ("bf16, --checkpoint-activations", True, True),
+    ):
         mib, taken = in_new_process(latent_update, bf16, again)
-        print(f"latent, an update of 394,984,196 parameters at batch 1, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB")
+        print(
+            f"latent, an update of 394,984,196 parameters at batch 1, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB"
+        )
     for name, bf16 in (("float32", False), ("bf16", True)):
         mib, taken = in_new_process(latent_picture, bf16)
-        print(f"latent, one 256 x 256 picture, PLMS-50, scale 2, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB")
+        print(
+            f"latent, one 256 x 256 picture, PLMS-50, scale 2, {name}: {taken:.1f} s, peak memory {mib:,.0f} MiB"
+        )
 
 
 def latent_model(size):
@@ -578,7 +681,12 @@ def latent_update(bf16, again):
         checkpoint_activations(model.unet)
     ema = EMA(model, 0.9999)
     optimizer = torch.optim.AdamW(ema.parameters, 6.4e-5, fused=True)
-    z, noise, y, t = torch.randn(1, *model.shape), torch.randn(1, *model.shape), torch.tensor([2]), torch.tensor([500])
+    z, noise, y, t = (
+        torch.randn(1, *model.shape),
+        torch.randn(1, *model.shape),
+        torch.tensor([2]),
+        torch.tensor([500]),
+    )
     for n in range(2):
         start = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -617,14 +725,25 @@ COMPARED = ("unet", "first-stage", "sampling")
 
 def main():
     p = argparse.ArgumentParser(description="Performance, measured as ratios within one run.")
-    p.add_argument("names", nargs="*", metavar="NAME", help=f"default: all but solvers and guidance of {', '.join(BENCHES)}")
-    p.add_argument("--against", choices=("diffusers",), help=f"{', '.join(COMPARED)}: the same work with that library")
+    p.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"default: all but solvers and guidance of {', '.join(BENCHES)}",
+    )
+    p.add_argument(
+        "--against",
+        choices=("diffusers",),
+        help=f"{', '.join(COMPARED)}: the same work with that library",
+    )
     args = p.parse_args()
     unknown = [name for name in args.names if name not in BENCHES]
     if unknown:
         raise UserError(f"{unknown[0]}: expected {', '.join(BENCHES)}")
     if args.against and not importlib.util.find_spec(args.against):
-        raise UserError(f"{args.against} is not installed; pip install {args.against} into an environment of its own")
+        raise UserError(
+            f"{args.against} is not installed; pip install {args.against} into an environment of its own"
+        )
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     tune("cpu")
     for name in args.names or [name for name in BENCHES if name not in ("solvers", "guidance")]:

@@ -1,8 +1,11 @@
-"""Every command of the README, run in its order in a new folder:  python tests/commands.py
+"""Run every command of README.md and docs/*.md, in their order, in a new folder:
 
-As they stand there, but for two things: what a reader has to bring (DIR, PATH, a second machine, published files) is made,
-and small; where a command trains or draws many images, flags behind its own make it a matter of seconds, unless the README
-says that it is one. `python tests/...` and the bare `pytest` are left out.
+    python tests/commands.py
+
+A command is a line of a fenced `sh` block, or a whole fenced `python` block. Each runs once. What
+the reader brings is made here, and small: folders of images, published files, a second machine.
+`SHORTER` makes long commands short. A line runs as it stands if its comment is a time in seconds
+("# 15 s"). Left out: the bare `pytest` and `python tests/...`.
 """
 
 import os
@@ -20,88 +23,49 @@ from PIL import Image, ImageFont
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import lightning_file
-from test_ldm import published
-
-from data import COLOURS, embedded_letters, paint
+from data import ALPHABET, COLOURS, embedded_letters, paint
 from vqgan import VQGAN, Codebook
 
 ROOT = Path(__file__).parent.parent
-PROGRAM = re.compile(r"(OMP_NUM_THREADS=\d )?(python (?!tests/)|torchrun .*\.py|pytest .|mkdir|(train|sample)\.py --[a-z])")
-AGAIN = re.compile(r"(?:and|again with) ((?:--[a-z-]+ [\w/]+ ?)+)")  # a comment that asks for the same once more
-SHORTER = {  # what a command contains -> what makes it short
-    "train.py --stage": "--updates 2",
-    "train.py --stage letters": "--channels 16 --multipliers 1 1 --overfit 26",
-    "train.py --stage ldm": "--channels 32 --multipliers 1 1",
-    "train.py --stage letters --": "--T 2",
-    "train.py --stage ldm --": "--T 2",
-    "--model thesis": "--channels 64 --batch 2 --size 64",
-    "--kernel-distance": "--kernel-distance 4",
-    "sample.py": "--steps 2",
-    "--per-label": "--per-label 2",
-    "--count": "--count 8",
-}
-IS_SHORT = re.compile(r"--(help|plan|chart|reconstruct|prior)\b|fid\.py|unet\.py|pytest|mkdir|python -")
+LETTERS = "--updates 2 --channels 16 --multipliers 1 1 --overfit 26"
+LATENT = "--updates 2 --channels 32 --multipliers 1 1"
+SHORTER = (  # the first pattern that a command contains -> flags that make it short
+    (r"--(help|reconstruct|prior)\b", ""),
+    (r"--resume", "--updates 3"),
+    (r"--init", "--updates 2 --size 32"),
+    (r"--stage letters$", LETTERS),  # `sample.py` needs the T of `runs/letters` and `runs/ldm`
+    (r"--stage letters", f"{LETTERS} --T 2"),
+    (r"--stage ldm$", LATENT),
+    (r"--model thesis", f"{LATENT} --T 2 --channels 64 --batch 2 --size 64"),
+    (r"--stage ldm", f"{LATENT} --T 2"),
+    (r"train\.py", "--updates 2"),
+    (r"sample\.py.* --per-label", "--steps 2 --per-label 2"),
+    (r"sample\.py", "--steps 2"),
+    (r"plots\.py \w+ paintings", "--size 64"),
+    (r"--count", "--count 8"),
+)
 
 
-def commands(readme):
-    """The commands in the README's order, each once, with what is said behind them; of a row of a table what it needs first."""
+def commands():
+    """command -> its comment: every line of the fenced sh blocks, and every fenced python block."""
     found = {}
-    for line in re.sub(r"\\\n *", "", readme).splitlines():
-        spans = [line[4:]] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
-        spans = [span.removeprefix("pip install -r requirements.txt && ") for span in spans]
-        for span in sorted(filter(PROGRAM.match, spans), key=lambda span: not span.startswith(("train", "sample"))):
-            command, _, comment = re.sub(r"^(?=(train|sample)\.py)", "python ", span).partition(" #")
-            found.setdefault(command.strip(), comment)
-            for more in AGAIN.findall(comment):
-                found.setdefault(f"{command.strip()} {more.strip()}", comment)
-    snippet = re.search(r"(    from sample .*\n(\n|    .*\n)+)", readme)[1]
-    found["python - <<'END'\n" + re.sub(r"^    ", "", snippet, flags=re.M) + "END"] = ""
-    return found.items()
-
-
-def made(folder):
-    """Everything that the README asks its reader to bring, small."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "runs", "figures", "__pycache__"), dirs_exist_ok=True)
-    for style in ("Abstract_Expressionism", "Color_Field_Painting", "Minimalism", "Action_painting"):
-        (folder / "wikiart" / style).mkdir(parents=True)
-        for k in range(6):
-            Image.fromarray(paint(k, k, 128)).save(folder / "wikiart" / style / f"{style}-{k}.png")
-    for label, name in enumerate(COLOURS):
-        (folder / "DIR" / name).mkdir(parents=True)
-        for k in range(6):
-            Image.fromarray(paint(k, label, 128)).save(folder / "DIR" / name / f"{k}.png")
-    letters = embedded_letters()
-    for label, name in enumerate(letters.classes):
-        (folder / "PATH" / "Images" / "Images" / name).mkdir(parents=True)
-        for font in range(12):
-            image = letters.images[26 * font + label, ..., 0]
-            Image.fromarray(image).save(folder / "PATH" / "Images" / "Images" / name / f"{font}.png")
-    (folder / "fonts").mkdir()
-    (folder / "fonts" / "default.ttf").write_bytes(ImageFont.load_default(96).font_bytes)
-    for name in ("a", "b"):
-        Image.fromarray(paint(0, ord(name) % 8, 300)).save(folder / f"{name}.jpg")
-    for name, levels in (("vq-f4", 3), ("vq-f8", 4)):
-        torch.manual_seed(0)
-        model = VQGAN(32, (1,) * levels, 1, (), 4, Codebook(16, 4))
-        (folder / name).mkdir()
-        lightning_file(folder / name / "model.ckpt", model.state_dict())
-    (folder / "cin").mkdir()
-    lightning_file(folder / "cin" / "model.ckpt", published())
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for kind, block in re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.M | re.S):
+            if kind == "python":
+                found[f"python - <<'END'\n{block}END"] = ""
+                continue
+            for line in re.sub(r"\\\n *", "", block).splitlines():
+                command, _, comment = line.partition(" # ")
+                command = command.strip().removeprefix("pip install -r requirements.txt && ")
+                found.setdefault(command, comment)
+    return found
 
 
 def adapted(command, comment):
-    """The command with made files for the reader's own, and short unless it is said to take seconds."""
-    command = command.replace("--fonts DIR --out PATH", "--fonts fonts --out rendered")
-    command = command.replace("-classifier FILE", "-classifier file.pt").replace("--run RUN", "--run runs/ldm")
-    command = command.replace("--init model.ckpt", f"--init {'cin' if 'ldm' in command else 'vq-f8'}/model.ckpt")
-    if not IS_SHORT.search(command) and not re.match(r" \d+ s", comment):
-        short = [flags for words, flags in SHORTER.items() if words in command]
-        if "--init" in command:  # the network is given
-            short = ["--updates 2 --size 32"]
-        if "--resume" in command:
-            short = ["--updates 3"]
-        command = " ".join([command, *short])
+    """The command, made short unless its comment says that it takes seconds."""
+    if not re.match(r"\d+ s\b", comment):
+        more = [flags for pattern, flags in SHORTER if re.search(pattern, command)]
+        command = " ".join([command, *more[:1]])
     if "--nnodes 2" in command:  # two machines: here both are this one
         with socket.create_server(("localhost", 0)) as free:
             command = command.replace("HOST:29500", f"localhost:{free.getsockname()[1]}")
@@ -110,21 +74,55 @@ def adapted(command, comment):
     return command.replace("torchrun --nproc", "torchrun --standalone --nproc")
 
 
+def make_images(folder):
+    """Paintings by style and by colour, letters as in the Kaggle set, a font."""
+    images = {f"{name}.jpg": paint(0, label, 300) for label, name in enumerate("ab")}
+    styles = ("Abstract_Expressionism", "Color_Field_Painting", "Minimalism", "Action_painting")
+    letters = embedded_letters().images[..., 0]
+    for k in range(6):
+        images |= {f"wikiart/{style}/{style}-{k}.png": paint(k, k, 128) for style in styles}
+        for label, name in enumerate(COLOURS):
+            images[f"DIR/{name}/{k}.png"] = paint(k, label, 128)
+    for font in range(12):
+        for label, name in enumerate(ALPHABET):
+            images[f"PATH/Images/Images/{name}/{font}.png"] = letters[26 * font + label]
+    for name, image in images.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / name)
+    (folder / "fonts").mkdir()
+    (folder / "fonts" / "default.ttf").write_bytes(ImageFont.load_default(96).font_bytes)
+
+
+def made_published_files(folder):
+    """Small files in the published form: the first stages vq-f4 and vq-f8, the latent model cin."""
+    from conftest import lightning_file
+    from test_ldm import published
+
+    states = {"cin": published()}
+    for name, levels in (("vq-f4", 3), ("vq-f8", 4)):
+        torch.manual_seed(0)
+        states[name] = VQGAN(32, (1,) * levels, 1, (), 4, Codebook(16, 4)).state_dict()
+    for name, state in states.items():
+        (folder / name).mkdir()
+        lightning_file(folder / name / "model.ckpt", state)
+
+
 def main():
     failed = 0
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        made(folder)
-        for command, comment in commands((ROOT / "README.md").read_text()):
+    how = {"env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}}
+    with tempfile.TemporaryDirectory() as folder:
+        hidden = shutil.ignore_patterns(".*", "runs", "figures", "__pycache__")
+        shutil.copytree(ROOT, folder, ignore=hidden, dirs_exist_ok=True)
+        make_images(Path(folder))
+        made_published_files(Path(folder))
+        for command, comment in commands().items():
+            if command == "pytest" or "python tests/" in command:
+                continue
             command, start = adapted(command, comment), time.perf_counter()
-            how = {
-                "cwd": folder,
-                "env": os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
-                "capture_output": True,
-                "text": True,
-            }
-            done = subprocess.run(["bash", "-c", command], **how)
+            done = subprocess.run(
+                ["bash", "-c", command], cwd=folder, capture_output=True, text=True, **how
+            )
             verdict = f"FAILED\n{done.stderr[-2000:]}" if done.returncode else "ok"
             print(f"{time.perf_counter() - start:5.0f} s  {command}  {verdict}", flush=True)
             failed += done.returncode != 0

@@ -1,5 +1,5 @@
-"""Helpers: run a program of the project in this process as a user would, a tiny untrained model on disk, golden weights,
-files in the published form."""
+"""Helpers: run a program in this process as a user would, a tiny untrained model on disk, golden
+weights, files in the published form."""
 
 import signal
 import sys
@@ -12,14 +12,16 @@ import torch
 
 import data
 import fid
+import plots
 import sample
 import train
 from ldm import build_letters, save_model
 
-TINY = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "schedule": "linear", "T": 1000, "p_uncond": 0.2, "predict": "v"}
-TINY["data"] = None
-data.tune("cpu")  # as the programs do, so that no result depends on which test was the first to run one
-PROGRAMS = {"sample": sample.main, "train": train.main, "data": data.main, "fid": fid.main}
+TINY = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "schedule": "linear", "T": 1000}
+TINY |= {"p_uncond": 0.2, "predict": "v", "data": "letters"}
+data.tune("cpu")  # as the programs do, so that no result depends on the order of the tests
+PROGRAMS = {"data": data.main, "fid": fid.main, "plots": plots.main}
+PROGRAMS |= {"sample": sample.main, "train": train.main}
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(run):
-    """Run a program that must refuse its input: exit code 2 and one line on stderr, which is returned."""
+    """Run a program that must refuse its input: exit code 2, one line on stderr. Returns the line."""
 
     def call(program, *arguments):
         code, _, err = run(program, *arguments)
@@ -57,13 +59,9 @@ def refused(run):
 
 
 def newest_checkpoint(out):
-    """Everything in a run's newest checkpoint: the plain values of run.pt, and all tensors by name."""
-    folder = train.checkpoints(out)[0]
-    reader = train.Reader(folder)
-    names = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(about.size, dtype=about.properties.dtype) for name, about in names.items()}
-    train.in_dcp(train.dcp.load, tensors, storage_reader=reader)
-    return torch.load(folder / "run.pt", weights_only=True), tensors
+    """Everything in the newest checkpoint of a run: its plain values, and all tensors by name."""
+    content = torch.load(train.checkpoints(out)[0], weights_only=True)
+    return content, content.pop("tensors")
 
 
 def equal_tensors(a, b):
@@ -76,7 +74,14 @@ def make_tiny_model(path, **changes):
     model = build_letters(settings, data.ALPHABET)
     for p in model.parameters():  # nothing stays zero, so that every path matters
         p.data += 0.02 * torch.randn_like(p)
-    save_model(path, "letters", settings, data.ALPHABET, 0, {"ema": model.state_dict(), "raw": model.state_dict()})
+    save_model(
+        path,
+        "letters",
+        settings,
+        data.ALPHABET,
+        0,
+        {"ema": model.state_dict(), "raw": model.state_dict()},
+    )
     return path
 
 
@@ -87,7 +92,9 @@ def tiny_model(tmp_path_factory):
 
 def standard_normal(name, shape):
     """The numbers that the golden outputs were made with: a function of the name alone."""
-    return torch.from_numpy(np.asarray(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))))
+    return torch.from_numpy(
+        np.asarray(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape)))
+    )
 
 
 def fill_(module, prefix):
@@ -114,11 +121,21 @@ def lightning_file(path, state, **more):
         "global_step": 1000,
         "pytorch-lightning_version": "1.4.2",
         "state_dict": state,
-        "callbacks": {ModelCheckpoint: {"monitor": "val/rec_loss", "best_model_score": np.float64(0.5), "current_score": None}},
+        "callbacks": {
+            ModelCheckpoint: {
+                "monitor": "val/rec_loss",
+                "best_model_score": np.float64(0.5),
+                "current_score": None,
+            }
+        },
         "optimizer_states": [],
         **more,
     }
-    names = ["pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"]
+    names = [
+        "pytorch_lightning",
+        "pytorch_lightning.callbacks",
+        "pytorch_lightning.callbacks.model_checkpoint",
+    ]
     modules = {name: types.ModuleType(name) for name in names}
     modules[names[-1]].ModelCheckpoint = ModelCheckpoint
     sys.modules.update(modules)

@@ -21,7 +21,20 @@ from conftest import equal_tensors, newest_checkpoint
 import train
 
 ROOT = Path(__file__).parent.parent
-RUN = ["--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", "4", "--channels", "16", "--T", "20"]
+RUN = [
+    "--stage",
+    "letters",
+    "--device",
+    "cpu",
+    "--precision",
+    "float32",
+    "--batch",
+    "4",
+    "--channels",
+    "16",
+    "--T",
+    "20",
+]
 RUN += [
     "--multipliers",
     "1",
@@ -39,7 +52,11 @@ RUN += [
 
 def begin(out, updates):
     """The command that a user would type: the run, or --resume where there is something to go on from."""
-    how = ["--stage", "letters", "--resume"] if train.checkpoints(out) else [*RUN, "--updates", str(updates)]
+    how = (
+        ["--stage", "letters", "--resume"]
+        if train.checkpoints(out)
+        else [*RUN, "--updates", str(updates)]
+    )
     command = [sys.executable, str(ROOT / "train.py"), *how, "--out", str(out)]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -67,10 +84,17 @@ def main(kills):
         last = begin(out, updates)
         assert last.wait() == 0, last.stderr.read()
         (one, tensors), (two, others) = newest_checkpoint(whole), newest_checkpoint(out)
-        assert one["update"] == two["update"] == updates and equal_tensors(tensors, others), "the weights differ"
+        assert one["update"] == two["update"] == updates and equal_tensors(tensors, others), (
+            "the weights differ"
+        )
         assert all(
             equal_tensors(a, b)
-            for a, b in zip(*(torch.load(run / "model.pt", weights_only=True)["weights"].values() for run in (whole, out)))
+            for a, b in zip(
+                *(
+                    torch.load(run / "model.pt", weights_only=True)["weights"].values()
+                    for run in (whole, out)
+                )
+            )
         )
         assert not any(out.glob(".*"))
     print(

@@ -22,13 +22,82 @@ import train
 from data import COLOURS
 from ldm import build_first_stage, build_latent, load_model, save_model
 
-FIRST = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (), "z_channels": 4, "groups": 2, "codes": 16}
-FIRST |= {"bottleneck": "vq", "beta": 0.25, "released": False, "kl_weight": 1e-6, "size": 16, "quantise_from": 0}
-COMMON = ("--device", "cpu", "--precision", "float32", "--updates", 20, "--validate-every", 4, "--save-every", 50)
+FIRST = {
+    "channels": 8,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention_levels": (),
+    "z_channels": 4,
+    "groups": 2,
+    "codes": 16,
+}
+FIRST |= {
+    "bottleneck": "vq",
+    "beta": 0.25,
+    "released": False,
+    "kl_weight": 1e-6,
+    "size": 16,
+    "quantise_from": 0,
+}
+COMMON = (
+    "--device",
+    "cpu",
+    "--precision",
+    "float32",
+    "--updates",
+    20,
+    "--validate-every",
+    4,
+    "--save-every",
+    50,
+)
 COMMON += ("--preview-every", 50, "--seed", 3)
-LDM = ("--stage", "ldm", *COMMON, "--multipliers", 1, 1, "--context-channels", 16, "--T", 2, "--model", "small", "--warmup", 5)
-LETTERS = ("--stage", "letters", *COMMON, "--channels", 16, "--multipliers", 1, 1, "--overfit", 27, "--T", 2)
-VQGAN = ("--stage", "vqgan", *COMMON, "--channels", 8, "--multipliers", 1, 2, "--size", 16, "--codes", 16, "--perceptual", 0)
+LDM = (
+    "--stage",
+    "ldm",
+    *COMMON,
+    "--multipliers",
+    1,
+    1,
+    "--context-channels",
+    16,
+    "--T",
+    2,
+    "--model",
+    "small",
+    "--warmup",
+    5,
+)
+LETTERS = (
+    "--stage",
+    "letters",
+    *COMMON,
+    "--channels",
+    16,
+    "--multipliers",
+    1,
+    1,
+    "--overfit",
+    27,
+    "--T",
+    2,
+)
+VQGAN = (
+    "--stage",
+    "vqgan",
+    *COMMON,
+    "--channels",
+    8,
+    "--multipliers",
+    1,
+    2,
+    "--size",
+    16,
+    "--codes",
+    16,
+    "--perceptual",
+    0,
+)
 VQGAN += ("--quantise-from", 3, "--disc-start", 5, "--disc-channels", 8)
 
 # name: stage, how, the update after which process 0 gets SIGTERM, what then goes on with it
@@ -36,7 +105,19 @@ PLAN = {
     "ddp": (LDM, ("--strategy", "ddp", "--batch", 2)),
     "fsdp": (LDM, ("--strategy", "fsdp", "--batch", 2)),
     "ddp-parts": (LDM, ("--strategy", "ddp", "--batch", 1, "--accumulate", 2)),
-    "fsdp-parts": (LDM, ("--strategy", "fsdp", "--batch", 1, "--accumulate", 2, "--cpu-offload", "--checkpoint-activations")),
+    "fsdp-parts": (
+        LDM,
+        (
+            "--strategy",
+            "fsdp",
+            "--batch",
+            1,
+            "--accumulate",
+            2,
+            "--cpu-offload",
+            "--checkpoint-activations",
+        ),
+    ),
     "letters-ddp": (LETTERS, ("--batch", 2)),
     "vqgan-ddp": (VQGAN, ("--batch", 2)),
 }
@@ -111,9 +192,15 @@ def shares_of(settings, run):
     gradients = [p.grad for p in player.parameters]
     player.optimizer.step()
     moments = [player.optimizer.state[p]["exp_avg_sq"] for p in player.parameters]
-    sets = {"weights": player.parameters, "gradients": gradients, "moments": moments, "average": ema.average}
+    sets = {
+        "weights": player.parameters,
+        "gradients": gradients,
+        "moments": moments,
+        "average": ema.average,
+    }
     return {
-        name: sum(x.to_local().numel() for x in tensors) / sum(x.numel() for x in tensors) for name, tensors in sets.items()
+        name: sum(x.to_local().numel() for x in tensors) / sum(x.numel() for x in tensors)
+        for name, tensors in sets.items()
     }
 
 
@@ -127,7 +214,14 @@ def lose_a_process(data, out):
             os.kill(os.getpid(), signal.SIGKILL)
 
     train.EMA.update = killed
-    train.train(*train.parse([str(word) for word in (*LETTERS, "--save-every", 2, "--batch", 2, "--out", out / "lost")]))
+    train.train(
+        *train.parse(
+            [
+                str(word)
+                for word in (*LETTERS, "--save-every", 2, "--batch", 2, "--out", out / "lost")
+            ]
+        )
+    )
 
 
 if __name__ == "__main__":
@@ -139,10 +233,21 @@ if __name__ == "__main__":
 
 
 def torchrun(*arguments, file=__file__, **how):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, file, *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        file,
+        *arguments,
+    ]
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, **how)
+    return subprocess.run(
+        [str(word) for word in command], env=environment, capture_output=True, text=True, **how
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +261,14 @@ def data(tmp_path_factory):
         Image.fromarray(pixels).save(folder / f"{i:02d}.png")
     torch.manual_seed(0)
     model = build_first_stage(FIRST)
-    save_model(root / "first.pt", "vqgan", FIRST, [], 1, {"ema": model.state_dict(), "raw": model.state_dict()})
+    save_model(
+        root / "first.pt",
+        "vqgan",
+        FIRST,
+        [],
+        1,
+        {"ema": model.state_dict(), "raw": model.state_dict()},
+    )
     return root
 
 
@@ -186,19 +298,29 @@ CURVES = ("train_loss", "train_grad_norm", "validation_loss", "validation_loss_e
 @pytest.mark.parametrize("name", ["ddp", "ddp-parts"])
 def test_e57_ddp_averages_gradients_before_the_step(runs, name):
     """Losses, gradient norms, validation: those of one process with the same images, to five digits and more."""
-    np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5)
+    np.testing.assert_allclose(
+        curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp-parts"])
 def test_e59_fsdp_gathers_weights_and_scatters_gradients(runs, name):
-    np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5)
+    np.testing.assert_allclose(
+        curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5
+    )
 
 
 def test_the_other_stages_in_two_processes(runs):
-    np.testing.assert_allclose(curve(runs / "letters-ddp", *CURVES), curve(runs / "letters", *CURVES), rtol=1e-5)
-    one, two = (curve(runs / name, "train_loss", "validation_loss") for name in ("vqgan", "vqgan-ddp"))
+    np.testing.assert_allclose(
+        curve(runs / "letters-ddp", *CURVES), curve(runs / "letters", *CURVES), rtol=1e-5
+    )
+    one, two = (
+        curve(runs / name, "train_loss", "validation_loss") for name in ("vqgan", "vqgan-ddp")
+    )
     np.testing.assert_allclose(two[:1], one[:1], rtol=1e-5)
-    np.testing.assert_allclose(two, one, rtol=0.1)  # the adversary has joined: its norms are of a process's own images
+    np.testing.assert_allclose(
+        two, one, rtol=0.1
+    )  # the adversary has joined: its norms are of a process's own images
 
 
 @pytest.mark.parametrize("name", ["ddp-sgd", "fsdp-sgd"])
@@ -212,7 +334,9 @@ def test_weights_with_plain_sgd_equal_those_of_one_process(runs, name):
 @pytest.mark.parametrize("name", ["two-to-one", "one-to-two", "fsdp-to-ddp"])
 def test_a_run_goes_on_with_other_processes_and_another_strategy(runs, name):
     assert {row["run"] for row in csv.DictReader((runs / name / "log.csv").open())} == {"1", "2"}
-    np.testing.assert_allclose(curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=2e-5)
+    np.testing.assert_allclose(
+        curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=2e-5
+    )
 
 
 def test_e59_every_process_keeps_half_of_everything(runs):
@@ -228,17 +352,34 @@ def test_e58_what_a_process_holds():
     can accommodate the complete model" is meant as none): it is the images that do not. Offloading moves none of these."""
     parameters, frozen = 394_988_804, 67_717_295
     one = train.memory_per_process(parameters, 31_000_000, frozen, "single")
-    assert 4 * (one["weights"] + one["gradients"] + one["moments"]) == 16 * parameters == pytest.approx(6.3e9, rel=0.01)
+    assert (
+        4 * (one["weights"] + one["gradients"] + one["moments"])
+        == 16 * parameters
+        == pytest.approx(6.3e9, rel=0.01)
+    )
     assert 4 * sum(one.values()) == pytest.approx(8.2e9, rel=0.01) and one["gathered"] == 0
-    two, off = (train.memory_per_process(parameters, 31_000_000, frozen, "fsdp", 2, offload) for offload in (False, True))
-    assert all(two[kind] == one[kind] / 2 for kind in ("weights", "gradients", "moments", "average"))
+    two, off = (
+        train.memory_per_process(parameters, 31_000_000, frozen, "fsdp", 2, offload)
+        for offload in (False, True)
+    )
+    assert all(
+        two[kind] == one[kind] / 2 for kind in ("weights", "gradients", "moments", "average")
+    )
     assert sum(off.values()) == two["gathered"] + frozen
 
     torch.manual_seed(0)
-    settings = train.SIZES[train.Latent]["small"] | {"attention_levels": None, "latent_scale": 1.0, "size": 16}
+    settings = train.SIZES[train.Latent]["small"] | {
+        "attention_levels": None,
+        "latent_scale": 1.0,
+        "size": 16,
+    }
     model = build_latent(settings | {"first_stage_settings": FIRST}, list(COLOURS))
-    (one, few), (two, less), (three, least) = (train.activation_bytes(model, batch) for batch in (1, 2, 3))
-    assert three - two == pytest.approx(two - one, rel=1e-3) and least - less == pytest.approx(less - few, rel=1e-3)
+    (one, few), (two, less), (three, least) = (
+        train.activation_bytes(model, batch) for batch in (1, 2, 3)
+    )
+    assert three - two == pytest.approx(two - one, rel=1e-3) and least - less == pytest.approx(
+        less - few, rel=1e-3
+    )
     assert 0 < less - few < (two - one) / 3
 
 
@@ -247,8 +388,14 @@ def test_a_sharded_run_opens_in_one_process(runs):
     progress, tensors = newest_checkpoint(runs / "fsdp")
     for weights, prefix in (("raw", "train."), ("ema", "ema.")):
         state = load_model(runs / "fsdp", weights).state_dict()
-        of_run = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        assert len(of_run) > 50 and all(torch.equal(state[name], value) for name, value in of_run.items())
+        of_run = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        assert len(of_run) > 50 and all(
+            torch.equal(state[name], value) for name, value in of_run.items()
+        )
     assert progress["update"] == 20 and progress["settings"]["processes"] == 2
 
 
@@ -262,13 +409,21 @@ def test_a_lost_process_ends_the_run_with_one_line(data, tmp_path):
     done = torchrun(lose_a_process.__name__, data, tmp_path, timeout=100)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1, done.stderr
-    assert "another process is gone" in lines[0] and "--resume goes on from the last checkpoint" in lines[0]
+    assert (
+        "another process is gone" in lines[0]
+        and "--resume goes on from the last checkpoint" in lines[0]
+    )
     assert newest_checkpoint(tmp_path / "lost")[0]["update"] == 2
 
 
 def test_torchrun_and_bad_input(tmp_path):
     """One line, from process 0, exit code 2; nothing is written."""
-    for words, message in ((("--stage", "letters", "--strategy", "single"), "torchrun started 2 processes; ddp or fsdp"),):
+    for words, message in (
+        (
+            ("--stage", "letters", "--strategy", "single"),
+            "torchrun started 2 processes; ddp or fsdp",
+        ),
+    ):
         done = torchrun(*words, "--out", tmp_path / "run", file=Path(train.__file__), cwd=tmp_path)
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
