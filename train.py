@@ -1199,6 +1199,7 @@ def load_tensors(players, ema, stage, names, tensors):
             if name not in names:
                 raise UserError(f"the checkpoint lacks {name}; it is of another version")
             value = tensors[name] if rank() == 0 else torch.empty(target.shape, dtype=target.dtype)
+            value = value.contiguous()  # processes exchange memory, in one order for all
             if isinstance(target, DTensor):
                 mesh = target.device_mesh
                 value = distribute_tensor(value.to(mesh.device_type), mesh, target.placements)

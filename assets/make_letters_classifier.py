@@ -1,6 +1,6 @@
 """How assets/letters_classifier.pt was made: python assets/make_letters_classifier.py FILE
 
-It trains for half a minute, on the letters that come with the project, and writes FILE.
+It trains on the letters that come with the project, for minutes on a CPU, and writes FILE.
 """
 
 import sys

@@ -1,10 +1,12 @@
 """A training run that is killed again and again:  python tests/kills.py [HOW OFTEN]
 
-Every time a small run gets SIGKILL at a random moment, while it starts, computes or saves, and `--resume` must go on with it.
-In the end its weights, moments and averages must equal those of an undisturbed run, bit for bit. Some ten seconds a kill.
+A small run gets SIGKILL at a random moment: while it starts, computes or saves. Then the run is
+started again, with `--resume` if there is a checkpoint. In the end its weights, moments and averages
+must equal those of an undisturbed run, bit for bit. Some ten seconds per kill.
 """
 
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,48 +23,26 @@ from conftest import equal_tensors, newest_checkpoint
 import train
 
 ROOT = Path(__file__).parent.parent
-RUN = [
-    "--stage",
-    "letters",
-    "--device",
-    "cpu",
-    "--precision",
-    "float32",
-    "--batch",
-    "4",
-    "--channels",
-    "16",
-    "--T",
-    "20",
-]
-RUN += [
-    "--multipliers",
-    "1",
-    "1",
-    "--overfit",
-    "64",
-    "--save-every",
-    "5",
-    "--validate-every",
-    "50",
-    "--preview-every",
-    "100000",
-]
+RUN = "--stage letters --device cpu --precision float32 --batch 4 --channels 16 --T 20 --overfit 64 "
+RUN += "--multipliers 1 1 --save-every 5 --validate-every 50 --preview-every 100000"
 
 
 def begin(out, updates):
-    """The command that a user would type: the run, or --resume where there is something to go on from."""
-    how = (
-        ["--stage", "letters", "--resume"]
-        if train.checkpoints(out)
-        else [*RUN, "--updates", str(updates)]
-    )
-    command = [sys.executable, str(ROOT / "train.py"), *how, "--out", str(out)]
+    """The command that a user would type."""
+    if not train.checkpoints(out):
+        shutil.rmtree(out, ignore_errors=True)  # killed before the first checkpoint
+    command = f"{RUN} --updates {updates} --out {out}".split()
+    command = [sys.executable, str(ROOT / "train.py"), *command]
+    command += ["--resume"] * bool(train.checkpoints(out))
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def lines(out):
+def rows(out):
     return (out / "log.csv").read_text().count("\n") if (out / "log.csv").exists() else 0
+
+
+def weights(out):
+    return torch.load(out / "model.pt", weights_only=True)["weights"]
 
 
 def main(kills):
@@ -71,9 +51,9 @@ def main(kills):
         whole, out = Path(folder) / "whole", Path(folder) / "killed"
         assert begin(whole, updates).wait() == 0
         for _ in tqdm(range(kills), unit="kill"):
-            run, before = begin(out, updates), lines(out)
+            run, before = begin(out, updates), rows(out)
             if chance.random() < 0.9:  # the others die before they begin
-                while run.poll() is None and lines(out) in (0, before):
+                while run.poll() is None and rows(out) in (0, before):
                     time.sleep(0.01)
             time.sleep(chance.uniform(0, 1))
             if run.poll() is not None:
@@ -84,22 +64,13 @@ def main(kills):
         last = begin(out, updates)
         assert last.wait() == 0, last.stderr.read()
         (one, tensors), (two, others) = newest_checkpoint(whole), newest_checkpoint(out)
-        assert one["update"] == two["update"] == updates and equal_tensors(tensors, others), (
-            "the weights differ"
-        )
-        assert all(
-            equal_tensors(a, b)
-            for a, b in zip(
-                *(
-                    torch.load(run / "model.pt", weights_only=True)["weights"].values()
-                    for run in (whole, out)
-                )
-            )
-        )
+        assert one["update"] == two["update"] == updates
+        assert equal_tensors(tensors, others), "the weights differ"
+        a, b = weights(whole), weights(out)
+        assert all(equal_tensors(a[kind], b[kind]) for kind in ("raw", "ema"))
         assert not any(out.glob(".*"))
-    print(
-        f"{kills} kills, {during_save} of them during a save: the weights after {updates:,} updates are the undisturbed run's"
-    )
+    print(f"{kills} kills, {during_save} of them during a save; after {updates:,} updates the ", end="")
+    print("weights are those of the undisturbed run")
 
 
 if __name__ == "__main__":
