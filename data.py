@@ -233,20 +233,16 @@ def validation_images(labels, sources, share=0.05, seed=0):
     names, source = np.unique(sources, return_inverse=True)
     has = np.zeros((len(names), labels.max() + 1), bool)  # whether a source has images of a label
     has[source, labels] = True
-    order, held_out = (
-        np.random.default_rng(seed).permutation(len(names)),
-        np.zeros(len(names), bool),
-    )
+    order = np.random.default_rng(seed).permutation(len(names))
+    held_out, left = np.zeros(len(names), bool), has.sum(0)  # left: sources per label to train on
     for label in np.argsort(np.bincount(labels), kind="stable"):  # the rarest label chooses first
         own = order[has[order, label]]
-        wanted = max(1, round(share * len(own)))
         for i in own:
-            if held_out[own].sum() >= wanted:
+            if held_out[own].sum() >= max(1, round(share * len(own))):
                 break
-            held_out[i] = True
-            held_out[i] = (
-                has[~held_out][:, has[i]].any(0).all()
-            )  # its labels still have another one
+            if not held_out[i] and (left[has[i]] > 1).all():
+                held_out[i] = True
+                left -= has[i]
     return held_out[source]
 
 
@@ -291,7 +287,7 @@ def open_set(name, size=None, labels="folder", pack=True):
     if size and pack and found.images.shape[1] != size:
         have = found.images.shape[1]
         raise UserError(
-            f"{name}: its images have {have} pixels per side, not {size}; --size {have}"
+            f"{name}: images with {have} pixels per side, not {size}; use --size {have}"
         )
     return found
 
@@ -305,10 +301,8 @@ def painted(size):
 
 def embedded_letters():
     """4.2.1: 400 fonts x 26 capitals, white on black. The last 40 fonts are for validation."""
-    sheet = np.asarray(
-        Image.open(ASSETS / "letters.png").convert("L")
-    )  # row = font, column = letter
-    fonts = sheet.shape[0] // 32
+    sheet = np.asarray(Image.open(ASSETS / "letters.png").convert("L"))
+    fonts = sheet.shape[0] // 32  # one per row; a letter per column
     images = sheet.reshape(fonts, 32, 26, 32).transpose(0, 2, 1, 3).reshape(-1, 32, 32, 1)
     font = np.repeat(np.arange(fonts), 26)
     validates = font >= fonts - 40

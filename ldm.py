@@ -377,10 +377,9 @@ FIRST_STAGES = {
 ALL_FIRST_STAGES = {"channels": 128, "blocks": 2, "groups": 32, "size": 256, "quantise_from": 0}
 ALL_FIRST_STAGES |= {"beta": 0.25, "released": True, "kl_weight": 1e-6}
 
-# The known U-Nets: cin (on vq-f8) and cin256-v2 (on vq-f4), by the shape of the first convolution.
+# The known U-Net: cin (on vq-f8), by the shape of the first convolution.
 LATENT_UNETS = {
     (256, 4, 3, 3): {"channels": 256, "multipliers": (1, 2, 4), "attention_levels": (0, 1, 2)},
-    (192, 3, 3, 3): {"channels": 192, "multipliers": (1, 2, 3, 5), "attention_levels": (1, 2, 3)},
 }
 ALL_LATENT_UNETS = {"blocks": 2, "groups": 32, "context_channels": 512, "size": 256}
 ALL_LATENT_UNETS |= {"schedule": "sqrt_linear", "predict": "eps", "latent_scale": 1.0}
@@ -423,9 +422,8 @@ def first_stage_settings(state, path, prefix=""):
 def published_latent(state, path):
     """The same for a class-conditional latent model.
 
-    A table of 1001 labels is the 1000 of ImageNet and a zero-label. Other tables have no
-    zero-label; the mean of the labels takes its place, untrained. The published average does not
-    include the table, so "ema" has the trained one.
+    It has no zero-label; the mean of the labels takes its place, untrained. The published average
+    does not include the table of labels, so "ema" has the trained one.
     """
     steps = check_schedule(state, path)
     raw, average = {}, {}
@@ -440,12 +438,11 @@ def published_latent(state, path):
     first_stage = first_stage_settings(raw, path, "first_stage.")
     settings = known_network(LATENT_UNETS, raw, "unet.input_blocks.0.0.weight", path)
     settings = ALL_LATENT_UNETS | settings | {"T": steps, "first_stage_settings": first_stage}
-    labels = raw["context.weight"]
-    settings["p_uncond"] = 0.1 if len(labels) == 1001 else 0.0
-    if len(labels) != 1001:
-        labels = raw["context.weight"] = torch.cat([labels, labels.mean(0, keepdim=True)])
+    settings["p_uncond"] = 0.0
+    classes = [str(i) for i in range(len(raw["context.weight"]))]
+    zero_label = raw["context.weight"].mean(0, keepdim=True)
+    raw["context.weight"] = torch.cat([raw["context.weight"], zero_label])
     weights = {"raw": raw, "ema": averaged(raw, average)} if average else {"raw": raw}
-    classes = [str(i) for i in range(len(labels) - 1)]
     content = {"stage": "ldm", "settings": settings, "classes": classes, "update": 0}
     return content | {"weights": weights}
 

@@ -61,15 +61,15 @@ from unet import ResBlock, SpatialTransformer
 
 
 def setting(default, help, **more):
-    """A setting. more: its kind (type) if the default is None; choices; nargs; the limits above,
-    least, below; resume = --resume may change it; path = it names a file or folder."""
+    """A setting and its flag. more: kind (its type, if the default is None); choices; nargs; the
+    limits above, least, below, most; resume = --resume may change it; path = it names a file."""
     return field(default=default, metadata={"help": help, **more})
 
 
-def again(name, default, settings=None):
-    """The setting `name` of another class (of `Settings`), with another default."""
-    known = (settings or Settings).__dataclass_fields__[name]
-    return field(default=default, metadata=known.metadata)
+def about(Kind, name):
+    """What `setting` says of a setting, in this class or where it was defined first."""
+    classes = [c for c in Kind.__mro__ if name in getattr(c, "__dataclass_fields__", ())]
+    return next(filter(None, (c.__dataclass_fields__[name].metadata for c in classes)), {})
 
 
 @dataclass
@@ -88,6 +88,7 @@ class Settings:
     warmup: int = setting(100, "updates until the peak learning rate is reached", least=0)
     weight_decay: float = setting(0.01, "of AdamW", least=0)
     clip: float = setting(1.0, "largest gradient norm", above=0)
+    blocks: int = setting(1, "residual blocks per level", above=0)
     channels: int = setting(64, "channels of the first level", above=0)
     multipliers: tuple = setting((1, 2, 4, 8), "channels per level / channels", kind=int, nargs="+")
     ema: float = setting(0.9995, "decay of the averaged weights, 0 = no average", least=0, below=1)
@@ -126,7 +127,6 @@ class Diffusion(Settings):
     """The settings of the stages whose model generates images for labels."""
 
     predict: str = setting("eps", "eps (L_simple) or v (learns faster)", choices=("eps", "v"))
-    blocks: int = setting(1, "residual blocks per level", above=0)
     schedule: str = setting("linear", "noise schedule", choices=tuple(SCHEDULES))
     T: int = setting(1000, "diffusion steps", above=0)
     p_uncond: float = setting(0.2, "share of labels that are dropped (4.4.3)", least=0, most=1)
@@ -143,10 +143,9 @@ class Classifier(Settings):
 
     run: str | None = setting(None, "model to guide (default: as sample.py)", kind=str, path=True)
     data: str | None = setting(None, "(default: that of --run)", kind=str, path=True, resume=True)
-    out: str = again("out", "runs/classifier")
-    updates: int = again("updates", 10_000)
-    blocks: int = again("blocks", 1, Diffusion)
-    weight_decay: float = again("weight_decay", 0.05)
+    out: str = "runs/classifier"
+    updates: int = 10_000
+    weight_decay: float = 0.05
     schedule: str | None = None  # these four are those of --run
     T: int | None = None
     shape: tuple | None = None
@@ -169,21 +168,21 @@ class Classifier(Settings):
 class FirstStage(Settings):
     """`--stage vqgan`: the auto-encoder of 3.1 to 3.4, with one of three bottlenecks."""
 
-    data: str = again("data", "paintings")
-    out: str = again("out", "runs/vqgan")
+    data: str = "paintings"
+    out: str = "runs/vqgan"
     init: str | None = setting(None, "run or published weights to start from", kind=str, path=True)
     size: int = setting(256, "pixels per side that images are brought to", above=0)
     crop: int | None = setting(None, "train on squares (default: whole images)", kind=int, above=0)
-    updates: int = again("updates", 100_000)
-    batch: int = again("batch", 8)
-    accumulate: int = 1  # no flag: lambda and the adversary need the whole batch
-    lr: float = again("lr", 3.6e-5)
-    weight_decay: float = again("weight_decay", 0.0)
-    clip: float = again("clip", 100.0)
-    ema: float = again("ema", 0.0)
-    channels: int = again("channels", 128)
-    multipliers: tuple = again("multipliers", (1, 2, 2, 4))
-    blocks: int = again("blocks", 2, Diffusion)
+    updates: int = 100_000
+    batch: int = 8
+    accumulate: int = field(default=1, metadata={"flag": None})  # lambda needs the whole batch
+    lr: float = 3.6e-5
+    weight_decay: float = 0.0
+    clip: float = 100.0
+    ema: float = 0.0
+    channels: int = 128
+    multipliers: tuple = (1, 2, 2, 4)
+    blocks: int = 2
     attention_levels: tuple = setting((3,), "0 = full resolution", kind=int, nargs="*")
     groups: int = setting(32, "groups of every GroupNorm", above=0)
     bottleneck: str = setting("vq", "AE, VAE or VQ-VAE", choices=("none", "kl", "vq"))
@@ -202,9 +201,9 @@ class FirstStage(Settings):
     disc_start: int | None = setting(None, "(default: updates / 2, at most 10000)", kind=int)
     disc_channels: int = setting(64, "channels of the discriminator", above=0)
     disc_layers: int = setting(2, "halvings in the discriminator", above=0)
-    validate_every: int = again("validate_every", 500)
-    preview_every: int = again("preview_every", 2000)
-    save_every: int = again("save_every", 500)
+    validate_every: int = 500
+    preview_every: int = 2000
+    save_every: int = 500
 
     multiple = 1
 
@@ -242,22 +241,22 @@ class FirstStage(Settings):
 class Latent(Diffusion):
     """`--stage ldm`: the latent model (4.5) on a first stage."""
 
-    data: str = again("data", "paintings")
-    out: str = again("out", "runs/ldm")
+    data: str = "paintings"
+    out: str = "runs/ldm"
     first_stage: str | None = setting(None, "(default: runs/vqgan)", kind=str, path=True)
     init: str | None = setting(None, "run or published model to start from", kind=str, path=True)
     size: int | None = setting(None, "(default: as the first stage)", kind=int, above=0)
-    updates: int = again("updates", 88_000)
-    batch: int = again("batch", 64)
-    strategy: str = again("strategy", "fsdp")
-    lr: float = again("lr", 6.4e-5)
-    ema: float = again("ema", 0.9999)
-    channels: int = again("channels", 256)
-    multipliers: tuple = again("multipliers", (1, 2, 4))
-    blocks: int = again("blocks", 2, Diffusion)
-    schedule: str = again("schedule", "sqrt_linear", Diffusion)
+    updates: int = 88_000
+    batch: int = 64
+    strategy: str = "fsdp"
+    lr: float = 6.4e-5
+    ema: float = 0.9999
+    channels: int = 256
+    multipliers: tuple = (1, 2, 4)
+    blocks: int = 2
+    schedule: str = "sqrt_linear"
     attention_levels: tuple | None = setting(None, "(default: all)", kind=int, nargs="+")
-    groups: int = again("groups", 32, FirstStage)
+    groups: int = setting(32, "groups of every GroupNorm", above=0)
     context_channels: int = setting(512, "width of the label embedding", above=0)
     latent_scale: float | None = setting(1.0, "factor; small model: 1/std", kind=float, above=0)
     guide_above: float = setting(0.0, "guide above this noise only, see sample.py", least=0)
@@ -313,9 +312,9 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", choices=tuple(STAGES), required=True, help="what to train")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    flags = [f for f in fields(Kind) if f.metadata]
-    for f in flags:
-        text = f.metadata["help"]
+    flags = {f: about(Kind, f.name) for f in fields(Kind) if "help" in about(Kind, f.name)}
+    for f, more in flags.items():
+        text = more["help"]
         if f.default is not None:
             text += f" (default {f.default}"
             text += f"; small model {SMALL[Kind][f.name]})" if f.name in SMALL[Kind] else ")"
@@ -323,15 +322,15 @@ def parse(arguments=None):
         if f.type in (bool, bool | None):
             parser.add_argument(option(f.name), action=argparse.BooleanOptionalAction, **how)
         else:
-            how |= {key: f.metadata[key] for key in ("choices", "nargs") if key in f.metadata}
-            parser.add_argument(option(f.name), type=f.metadata.get("kind", f.type), **how)
+            how |= {key: more[key] for key in ("choices", "nargs") if key in more}
+            parser.add_argument(option(f.name), type=more.get("kind", f.type), **how)
     typed = vars(parser.parse_args(arguments))
     stage, resume = typed.pop("stage"), typed.pop("resume")
-    for f in flags:
+    for f, more in flags.items():
         value = typed.get(f.name)
         if isinstance(value, list):
             typed[f.name] = tuple(value)
-        if f.metadata.get("path") and value and value.partition(":")[0] not in data.BUILT_IN:
+        if more.get("path") and value and value.partition(":")[0] not in data.BUILT_IN:
             typed[f.name] = str(Path(value).resolve())  # --resume works from any folder
     return stage, typed, resume
 
@@ -357,11 +356,9 @@ def resumed_settings(Kind, saved, typed):
     for f in fields(settings):
         old = getattr(settings, f.name)
         new = typed.get(f.name, old)
-        if new != old and not f.metadata.get("resume"):
+        if new != old and not about(Kind, f.name).get("resume"):
             raise UserError(f"{option(f.name)} was {old} in this run; {new} needs another --out")
         setattr(settings, f.name, new)
-    if not dist.is_initialized() and "cpu_offload" not in typed and Kind is Latent:
-        settings.cpu_offload = False
     return settle(settings)
 
 
@@ -373,10 +370,10 @@ def settle(settings):
     """Check all limits, and settle what the machine decides."""
     s = settings
     for f in fields(s):
-        value = getattr(s, f.name)
-        for name in LIMITS.keys() & f.metadata.keys() if value is not None else ():
-            if not (LIMITS[name](value, f.metadata[name]) and math.isfinite(value)):
-                limit = f"{WORDS[name]} {f.metadata[name]}"
+        value, more = getattr(s, f.name), about(type(s), f.name)
+        for name in LIMITS.keys() & more.keys() if value is not None else ():
+            if not (LIMITS[name](value, more[name]) and math.isfinite(value)):
+                limit = f"{WORDS[name]} {more[name]}"
                 raise UserError(f"{option(f.name)} {value}: must be {limit}")
     data.check_device(s.device)
     if s.batch % (world() * s.accumulate):
@@ -719,7 +716,7 @@ class AutoencoderStage(Stage):
         self.perceptual = self.open_perceptual()
         self.counts = torch.zeros(s.codes, dtype=torch.long, device=device)  # of an epoch
         joined = [s.disc_start * bool(s.adversarial), s.quantise_from * (s.bottleneck == "vq")]
-        self.best_from = 1 + max(joined)
+        self.best_from = 1 + max(joined)  # when code-book and adversary have joined
         if s.compile:  # not the last layer: lambda needs its graph
             for part in (self.model.encoder, self.model.decoder.mid, *self.model.decoder.up):
                 part.compile()
@@ -778,11 +775,6 @@ class AutoencoderStage(Stage):
             x = torch.where(mirror < 0.5, x.flip(-1), x)
         return x.to(s.device, non_blocking=True)
 
-    def noise(self, count, draw):
-        """xi of the reparametrisation of a VAE; the other bottlenecks ignore it."""
-        side = self.settings.crop // self.model.factor
-        return torch.randn((count, self.model.z_channels, side, side), generator=draw)
-
     def loss(self, n, part=WHOLE):
         """eq. 3.5, the auto-encoder:  |x - x_r| + perceptual + latent + lambda * adversarial."""
         s = self.settings
@@ -792,15 +784,18 @@ class AutoencoderStage(Stage):
                 self.move_codes(n, range(s.codes))
         draw = rng(s.seed, n, 2)
         x = self.images(self.rows(n), draw, part)
-        x_r, latent_loss, codes = self.model(x, self.noise(s.batch, draw)[part].to(x.device))
+        side = s.crop // self.model.factor
+        xi = torch.randn((s.batch, self.model.z_channels, side, side), generator=draw)  # of a VAE
+        x_r, latent_loss, codes = self.model(x, xi[part].to(x.device))
         rec = self.reconstruction_loss(x, x_r)
         loss = rec.mean() + latent_loss
         self.figures = {"l1": (x_r - x).abs().mean(), "latent_loss": latent_loss}
         if self.perceptual:
             self.figures["perceptual"] = rec.mean() - self.figures["l1"]
         if s.adversarial and n >= s.disc_start:
-            with frozen(self.discriminator):
-                g_loss = vqgan.generator_loss(self.discriminator(x_r), s.adversarial_loss)
+            self.discriminator.requires_grad_(False)  # this step must not change its gradient
+            g_loss = vqgan.generator_loss(self.discriminator(x_r), s.adversarial_loss)
+            self.discriminator.requires_grad_(True)
             weight = torch.ones(())
             if s.adaptive:
                 last_layer = self.model.decoder.conv_out.weight
@@ -884,16 +879,6 @@ class AutoencoderStage(Stage):
         return {"counts": self.counts}
 
 
-@contextlib.contextmanager
-def frozen(network):
-    """Inside this `with`, gradients flow through `network` but not into its weights."""
-    network.requires_grad_(False)
-    try:
-        yield
-    finally:
-        network.requires_grad_(True)
-
-
 STAGES = {
     "letters": LettersStage,
     "vqgan": AutoencoderStage,
@@ -908,7 +893,7 @@ STAGES = {
 
 
 class EMA:
-    """5.2: a running average of the weights; its decay after update n is min(decay, (1+n) / (10+n)).
+    """5.2: a running average of the weights, with decay min(decay, (1 + n) / (10 + n)) at update n.
 
     It runs beside training and does not train (E62)."""
 
@@ -1363,14 +1348,10 @@ def train(name, typed, resume):
     claim(out, progress["run"])
     log = Log(out / "log.csv", progress["run"], progress["update"], stage.columns)
     size = sum(p.numel() for p in players[0].parameters) / 1e6
+    parts = f"{settings.accumulate} parts by {world()} processes"
     print(
-        f"{size:.1f}M parameters, {settings.updates:,} updates of {settings.batch} images", end=""
+        f"{size:.1f}M parameters; {settings.updates:,} updates of {settings.batch} images, {parts}"
     )
-    print(
-        f" in {settings.accumulate} parts by {world()} processes, until the learning rate is ",
-        end="",
-    )
-    print(f"{learning_rate(settings, settings.updates - 1):.2g}")
     stopped = loop(stage, players, ema, log, out, progress)
     across(0.0)  # until process 0 has written everything
     if stopped:

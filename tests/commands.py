@@ -93,18 +93,20 @@ def make_images(folder):
     (folder / "fonts" / "default.ttf").write_bytes(ImageFont.load_default(96).font_bytes)
 
 
-def made_published_files(folder):
-    """Small files in the published form: the first stages vq-f4 and vq-f8, the latent model cin."""
+def make_published_files(folder):
+    """Small files in the published form, and their families in the copy of ldm.py."""
     from conftest import lightning_file
-    from test_ldm import published
+    from test_ldm import FAMILIES, SMALL_STAGE, published
 
     states = {"cin": published()}
-    for name, levels in (("vq-f4", 3), ("vq-f8", 4)):
+    for name in ("vq-f4", "vq-f8"):
         torch.manual_seed(0)
-        states[name] = VQGAN(32, (1,) * levels, 1, (), 4, Codebook(16, 4)).state_dict()
+        states[name] = VQGAN(**SMALL_STAGE, bottleneck=Codebook(24, 4)).state_dict()
     for name, state in states.items():
         (folder / name).mkdir()
         lightning_file(folder / name / "model.ckpt", state)
+    with (folder / "ldm.py").open("a") as file:
+        file.writelines(f"{table} |= {rows}\n" for table, rows in FAMILIES.items())
 
 
 def main():
@@ -115,7 +117,7 @@ def main():
         hidden = shutil.ignore_patterns(".*", "runs", "figures", "__pycache__")
         shutil.copytree(ROOT, folder, ignore=hidden, dirs_exist_ok=True)
         make_images(Path(folder))
-        made_published_files(Path(folder))
+        make_published_files(Path(folder))
         for command, comment in commands().items():
             if command == "pytest" or "python tests/" in command:
                 continue

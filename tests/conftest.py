@@ -47,7 +47,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(run):
-    """Run a program that must refuse its input: exit code 2, one line on stderr. Returns the line."""
+    """Run a program that must refuse its input: exit code 2, one line on stderr, returned."""
 
     def call(program, *arguments):
         code, _, err = run(program, *arguments)

@@ -1,8 +1,8 @@
 """A training run that is killed again and again:  python tests/kills.py [HOW OFTEN]
 
 A small run gets SIGKILL at a random moment: while it starts, computes or saves. Then the run is
-started again, with `--resume` if there is a checkpoint. In the end its weights, moments and averages
-must equal those of an undisturbed run, bit for bit. Some ten seconds per kill.
+started again, with `--resume` if there is a checkpoint. In the end its weights, moments and
+averages must equal those of an undisturbed run, bit for bit. Some ten seconds per kill.
 """
 
 import random
@@ -23,8 +23,8 @@ from conftest import equal_tensors, newest_checkpoint
 import train
 
 ROOT = Path(__file__).parent.parent
-RUN = "--stage letters --device cpu --precision float32 --batch 4 --channels 16 --T 20 --overfit 64 "
-RUN += "--multipliers 1 1 --save-every 5 --validate-every 50 --preview-every 100000"
+RUN = "--stage letters --device cpu --precision float32 --batch 4 --channels 16 --T 20 "
+RUN += "--overfit 64 --multipliers 1 1 --save-every 5 --validate-every 50 --preview-every 100000"
 
 
 def begin(out, updates):
@@ -69,8 +69,10 @@ def main(kills):
         a, b = weights(whole), weights(out)
         assert all(equal_tensors(a[kind], b[kind]) for kind in ("raw", "ema"))
         assert not any(out.glob(".*"))
-    print(f"{kills} kills, {during_save} of them during a save; after {updates:,} updates the ", end="")
-    print("weights are those of the undisturbed run")
+    print(
+        f"{kills} kills, {during_save} of them during a save. After {updates:,} updates the weights"
+    )
+    print("are those of the undisturbed run, bit for bit.")
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_crop_comes_before_resize_so_nothing_is_deformed():
 
 
 def test_the_crop_is_the_centre_square_of_odd_sizes_too():
-    """Without a resize the pixels are those of the box; an odd rest is cut at the right or below."""
+    """Without a resize the pixels are those of the box; odd rests are cut at the right or below."""
     for width, height in ((7, 4), (4, 7), (8, 5), (5, 5), (1, 6), (31, 12)):
         values = np.arange(width * height * 3, dtype=np.uint32)
         pixels = values.astype(np.uint8).reshape(height, width, 3)
@@ -377,7 +377,7 @@ def test_a_set_is_packed_once_and_again_when_it_changed(tmp_path, monkeypatch):
         patch.setattr(data, "pack", None)
         assert np.array_equal(open_set(tmp_path / "set", 16, "rgb").images, first.images)
         assert np.array_equal(open_set(tmp_path / "set.packed16", 16).labels, first.labels)
-        with pytest.raises(UserError, match="have 16 pixels per side, not 32"):
+        with pytest.raises(UserError, match="with 16 pixels per side, not 32"):
             open_set(tmp_path / "set.packed16", 32)
     halves().save(tmp_path / "set" / "Color_Field_Painting" / "large" / "new.png")
     assert len(open_set(tmp_path / "set", 16, "rgb").images) == 7

@@ -115,7 +115,7 @@ SINGLE = {"single": LDM, "letters": LETTERS, "vqgan": VQGAN}
 
 
 def run_until(name, arguments, data, out, stop=None, resume=False):
-    """A training run in this process, which gets SIGTERM after update `stop`, if it is process 0."""
+    """A run in this process. Process 0 gets SIGTERM after update `stop`."""
     update = train.EMA.update
 
     def interrupted(ema, n):
@@ -143,7 +143,7 @@ def going_on(strategy=None):
 
 
 def with_plain_sgd(name, arguments, data, out):
-    """No step of AdamW, which makes a large difference of a small one where a gradient is near 0."""
+    """SGD instead of AdamW, which enlarges differences where a gradient is near 0."""
     adamw = torch.optim.AdamW
     torch.optim.AdamW = lambda parameters, lr, **how: torch.optim.SGD(parameters, lr=lr)
     try:
@@ -170,7 +170,7 @@ def in_two_processes(data, out):
 
 
 def shares_of(settings, run):
-    """What this process keeps of a resumed FSDP run, as shares of the whole: weights, gradients, moments, average."""
+    """The share that this process keeps of the weights, gradients, moments and average of a run."""
     stage = train.LatentStage(settings)
     [player] = players = stage.players()
     train.parallel(players, settings)
@@ -216,7 +216,7 @@ if __name__ == "__main__":
     train.in_company(lambda: globals()[what](data, out))
 
 
-# ---------------------------------------------------------------------------------------------------- tests
+# -------------------------------------------------------------------------------------------- tests
 
 
 def torchrun(*arguments, file=__file__, **how):
@@ -261,7 +261,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """Every run of `PLAN` by two processes, and their single-process twins at the same number of images an update."""
+    """Every run of `PLAN` by two processes, and the same runs by one process."""
     out = tmp_path_factory.mktemp("runs")
     for name, stage in SINGLE.items():
         run_until(name, stage, data, out)
@@ -285,7 +285,7 @@ CURVES = ("train_loss", "train_grad_norm", "validation_loss", "validation_loss_e
 
 @pytest.mark.parametrize("name", ["ddp", "ddp-parts"])
 def test_e57_ddp_averages_gradients_before_the_step(runs, name):
-    """Losses, gradient norms, validation: those of one process with the same images, to five digits and more."""
+    """Losses, gradient norms and validation are those of one process with the same images."""
     np.testing.assert_allclose(
         curve(runs / name, *CURVES), curve(runs / "single", *CURVES), rtol=1e-5
     )
@@ -328,7 +328,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(runs, name):
 
 
 def test_e59_every_process_keeps_half_of_everything(runs):
-    """Not layer 0 here and layer 1 there: a share of every weight, and of its gradient, moments and average."""
+    """Not layer 0 here and layer 1 there: a share of every weight and of all that belongs to it."""
     shares = [json.loads((runs / f"shares-{rank}.json").read_text()) for rank in range(2)]
     for kind in ("weights", "gradients", "moments", "average"):
         assert sum(share[kind] for share in shares) == pytest.approx(1)
@@ -336,7 +336,7 @@ def test_e59_every_process_keeps_half_of_everything(runs):
 
 
 def test_a_sharded_run_opens_in_one_process(runs):
-    """model.pt holds whole tensors: raw and averaged weights equal those of the checkpoint, the file samples."""
+    """model.pt holds whole tensors: its raw and averaged weights are those of the checkpoint."""
     progress, tensors = newest_checkpoint(runs / "fsdp")
     for weights, prefix in (("raw", "train."), ("ema", "ema.")):
         state = load_model(runs / "fsdp", weights).state_dict()

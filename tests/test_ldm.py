@@ -472,12 +472,10 @@ def test_known_families_are_the_published_networks():
             first_stage = build_first_stage(settings)
             assert sum(p.numel() for p in first_stage.parameters()) == count
             assert first_stage.state_dict()[name].shape == shape
-        counts = {(256, 4, 3, 3): 394_984_196, (192, 3, 3, 3): 400_920_579}
-        for shape, count in counts.items():
-            row = ldm.ALL_LATENT_UNETS | ldm.LATENT_UNETS[shape]
-            names = ("channels", "multipliers", "blocks", "attention_levels", "context_channels")
-            unet = latent_unet(z_channels=shape[1], **{name: row[name] for name in names})
-            assert sum(p.numel() for p in unet.parameters()) == count
+        row = ldm.ALL_LATENT_UNETS | ldm.LATENT_UNETS[256, 4, 3, 3]
+        names = ("channels", "multipliers", "blocks", "attention_levels", "context_channels")
+        unet = latent_unet(z_channels=4, **{name: row[name] for name in names})
+        assert sum(p.numel() for p in unet.parameters()) == 394_984_196
 
 
 def test_a_published_class_conditional_model_opens_with_either_weights(cin):
@@ -494,13 +492,6 @@ def test_a_published_class_conditional_model_opens_with_either_weights(cin):
     assert model.classes == [str(i) for i in range(10)] and model.settings["p_uncond"] == 0
     assert model.latent_scale == 1 and model.shape == (4, 128, 128)
     assert isinstance(model, ldm.LatentDiffusion)
-
-
-def test_1001_labels_are_a_thousand_and_the_zero_label(tmp_path):
-    state = published(1001)
-    model = load_model(lightning_file(tmp_path / "model.ckpt", state))
-    assert len(model.classes) == 1000 and model.settings["p_uncond"] > 0
-    assert torch.equal(model.context.weight, state["cond_stage_model.embedding.weight"])
 
 
 def test_a_published_file_without_an_average_falls_back_to_raw_weights(tmp_path, capsys):

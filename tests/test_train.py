@@ -511,7 +511,7 @@ def test_accumulated_parts_are_one_update(run, undisturbed, tmp_path):
     how = (*SHORT, "--accumulate", 4, "--out", tmp_path / "run")
     code, text, err = run("train", *how)
     assert code == 0, err
-    assert "12 updates of 16 images in 4 parts" in text
+    assert "12 updates of 16 images, 4 parts by 1 processes" in text
     for a, b in zip(rows_of(undisturbed), rows_of(tmp_path / "run")):
         for column in ("train_loss", "train_grad_norm", "validation_loss"):
             assert float(a[column] or 0) == pytest.approx(float(b[column] or 0), rel=1e-4)
