@@ -4,9 +4,8 @@
     python fid.py --real DIR --fake ldm=DIR gan=DIR --per-label     figures 5.5, 5.6 and 5.7
     python fid.py --real letters:train --fake letters:validation    sets that come with the project
 
-A set is whatever `data.open_set` opens; its images may have any size. Only distances over the
-features of Inception are called FID and KID. The other features need no download.
-The metrics come first, in the order of the chapters; then the features, and the comparison.
+`data.open_set` opens the sets; their images may have any size. A distance is called FID or KID only
+if it uses the features of Inception. The other features need no download.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import COLOURS, UserError, label_distances, mean_colour, nearest_colour, rgb_to_lab
+from data import COLOURS, UserError, label_distances, mean_colour, rgb_to_lab
 from plots import bars, join, save
 
 # --------------------------------------------------------------------------------------------------
@@ -44,7 +43,10 @@ def psnr(x, x_r):
 
 
 def gradient_energy(x):
-    """3.2.1: mean absolute difference of neighbouring pixels in [-1, 1]. Blur lowers it. (B,)"""
+    """3.2.1: mean absolute difference of neighbouring pixels; blur lowers it.
+
+    x: (B, 3, H, W) in [-1, 1], clamped. Returns (B,).
+    """
     x = x.clamp(-1, 1)
     return x.diff(dim=-1).abs().mean((1, 2, 3)) + x.diff(dim=-2).abs().mean((1, 2, 3))
 
@@ -54,27 +56,12 @@ def gradient_energy(x):
 # --------------------------------------------------------------------------------------------------
 
 
-def full_rank_factor(x):
-    """F (r, d) of full row rank r with F^T F = x^T x. x: (n, d)."""
-    wide = len(x) <= x.shape[1]
-    square = x @ x.T if wide else x.T @ x  # the smaller of the two
-    if not wide:
-        L, failed = torch.linalg.cholesky_ex(square)  # much faster than eigh
-        if not failed and L.diagonal().min() > 1e-7 * L.diagonal().max():
-            return L.T
-    values, vectors = torch.linalg.eigh(square)
-    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp(min=1e-300)
-    values, vectors = values[values > rounding], vectors[:, values > rounding]
-    return vectors.T @ x if wide else values[:, None].sqrt() * vectors.T
-
-
 def frechet_distance(a, b):
     """5.1.1 (no formula is printed, E61):  |m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^{1/2}).
 
-    m and C are mean and covariance of the features. With C1 = F^T F and C2 = X^T X, the nonzero
-    eigenvalues of C1 C2 are those of (F X^T)(F X^T)^T. This matrix is symmetric and as small as the
-    rank of C1: no matrix square root is needed, and no imaginary part can appear.
-    The distance of a set to itself is 0 up to rounding; negative rounding errors become 0.
+    m and C are the mean and the covariance of the features. With C1 = F^T F and C2 = X^T X, C1 C2
+    has the nonzero eigenvalues of (F X^T)(F X^T)^T. This matrix is small and symmetric: no matrix
+    square root is needed, and no imaginary part can appear.
 
     a: (n, d), b: (m, d), arrays or tensors. Computed in float64. ValueError for fewer than 2 rows.
     """
@@ -83,10 +70,10 @@ def frechet_distance(a, b):
         raise ValueError(f"a covariance needs at least 2 images, not {len(a)}")
     m1, m2 = a.mean(0), b.mean(0)
     a, b = (a - m1) / math.sqrt(len(a) - 1), (b - m2) / math.sqrt(len(b) - 1)
-    product = full_rank_factor(a) @ b.T  # (r, m)
+    product = torch.linalg.qr(a, mode="r").R @ b.T  # F = R, because R^T R = a^T a
     cross = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum()
     distance = (m1 - m2).square().sum() + a.square().sum() + b.square().sum() - 2 * cross
-    return max(0.0, distance.item())
+    return max(0.0, distance.item())  # rounding errors can make it negative
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,7 +91,6 @@ def variety(images):
     return np.array([(torch.pdist(row).mean() / row.shape[1] ** 0.5).item() for row in flat])
 
 
-SPACES = ("rgb", "lab")
 COLOUR_METRICS = ["pixels_rgb", "mean_rgb", "nearest_rgb", "pixels_lab", "mean_lab", "nearest_lab"]
 
 
@@ -115,25 +101,23 @@ def colour_distances(image, label):
         mean   = |mean of the pixels - label colour| <= pixels           fig. 5.7
         nearest = 1 if no other label colour is nearer to that mean, else 0
 
-    The two spaces have different units: black to white is 441.7 in RGB and 100 in LAB. A smaller
-    number in LAB therefore means nothing (E64).
+    Numbers of the two spaces cannot be compared (E64): black to white is 441.7 in RGB, 100 in LAB.
     image: (H, W, 3) uint8; label: a name in COLOURS. Returns (6,), in the order of COLOUR_METRICS.
     """
-    palette, numbers = {label: COLOURS[label]}, []
-    for space in SPACES:
+    k, numbers = list(COLOURS).index(label), []
+    for space in ("rgb", "lab"):
         pixels = rgb_to_lab(image) if space == "lab" else image
-        mean = pixels.mean((0, 1), dtype=np.float64)
-        nearest = list(COLOURS)[nearest_colour(mean, space)] == label
-        distances = [label_distances(colour, space, palette).mean() for colour in (pixels, mean)]
-        numbers += [*distances, nearest]
+        mean = label_distances(pixels.mean((0, 1), dtype=np.float64), space)  # (8,)
+        distance = label_distances(pixels, space, {label: COLOURS[label]}).mean()
+        numbers += [distance, mean[k], mean.argmin() == k]
     return np.array(numbers, np.float64)
 
 
 def mean_colour_distances(images, classes):
     """5.4.1, figure 5.7: the RGB distance |mean of the pixels - label colour|, averaged per label.
 
-    images: (K or more, N, H, W, 3) uint8, one row per label.
-    Returns (K,), or None if the labels are not those of table 4.1.
+    images: (K or more, N, H, W, 3) uint8, one row per label. Returns (K,), or None if the labels
+    are not those of table 4.1.
     """
     if list(classes) != list(COLOURS):
         return None
@@ -145,7 +129,7 @@ def mean_colour_distances(images, classes):
 # 6.2  Metrics for small sets: kernel distance, precision and recall
 # --------------------------------------------------------------------------------------------------
 
-MOST = 10_000  # features of a set that are used here, evenly spaced
+MOST = 10_000  # features per set that are used here, evenly spaced
 CHUNK = 256  # rows of a matrix of kernels or distances that are computed at a time
 NEIGHBOURS = 3
 remember = lru_cache(maxsize=4)  # per tensor object: the real features are used many times
@@ -153,34 +137,28 @@ remember = lru_cache(maxsize=4)  # per tensor object: the real features are used
 
 @remember
 def sample(x):
-    """At most MOST rows of x (n, d), evenly spaced."""
-    return x if len(x) <= MOST else x[np.linspace(0, len(x) - 1, MOST).astype(int)]
+    """At most MOST rows of x (n, d), evenly spaced, in float64."""
+    return x[np.linspace(0, len(x) - 1, min(MOST, len(x))).astype(int)].double()
 
 
-def chunks(x):
-    return (part.double() for part in x.split(CHUNK))
-
-
-def kernel(x, y):
-    """6.2: the kernel of KID, k(x, y) = (x . y / d + 1)^3; (m, d), (n, d) -> (m, n)."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def kernel_sums(x, y):
+    """sum_j k(x_i, y_j) for every i, with the kernel of KID, k(x, y) = (x . y / d + 1)^3. (m,)"""
+    return torch.cat([((part @ y.T / y.shape[1] + 1) ** 3).sum(1) for part in x.split(CHUNK)])
 
 
 @remember
-def kernel_sums(x):
+def sums_within(x):
     """sum_{j != i} k(x_i, x_j) for every i. x: (n, d). Returns (n,)."""
-    all_x = x.double()
-    own = (all_x.square().mean(1) + 1) ** 3  # k(x_i, x_i)
-    return torch.cat([kernel(part, all_x).sum(1) for part in chunks(x)]) - own
+    return kernel_sums(x, x) - (x.square().mean(1) + 1) ** 3
 
 
 def kernel_distance(x, y):
-    """6.2: squared kernel distance (MMD^2), unbiased at any number of images, with standard error.
+    """6.2: squared kernel distance (MMD^2), unbiased for any number of images, and standard error.
 
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-    It is unbiased, so it can be below 0. The standard error is the jackknife's: the spread of the
-    values with one image left out, which follow from the row sums of k.
+    An unbiased value can be below 0. The standard error is the jackknife's: the spread of the
+    values with one image left out.
     x: (m, d), y: (n, d), tensors. Returns (value, standard error); the value is NaN for fewer than
     2 images, the error for fewer than 3.
     """
@@ -188,22 +166,15 @@ def kernel_distance(x, y):
     m, n = len(x), len(y)
     if min(m, n) < 2:
         return math.nan, math.nan
-    xx, yy, all_y = kernel_sums(x), kernel_sums(y), y.double()
-    xy, yx = [], 0  # sums over y for every x, and over x for every y
-    for part in chunks(x):
-        k = kernel(part, all_y)
-        xy.append(k.sum(1))
-        yx = yx + k.sum(0)
-    xy = torch.cat(xy)
-    within_x, within_y = xx.sum() / (m * (m - 1)), yy.sum() / (n * (n - 1))
-    value = (within_x + within_y - 2 * xy.sum() / (m * n)).item()
-    if min(m, n) < 3:
-        return value, math.nan
-    # the value without x_i, and without y_j, up to a constant
-    without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) - 2 * (xy.sum() - xy) / ((m - 1) * n)
-    without_y = (yy.sum() - 2 * yy) / ((n - 1) * (n - 2)) - 2 * (yx.sum() - yx) / ((n - 1) * m)
-    variance = sum((len(w) - 1) * w.var(correction=0) for w in (without_x, without_y))
-    return value, variance.sqrt().item()
+    xx, yy, xy, yx = sums_within(x), sums_within(y), kernel_sums(x, y), kernel_sums(y, x)
+    value = xx.sum() / (m * (m - 1)) + yy.sum() / (n * (n - 1)) - 2 * xy.sum() / (m * n)
+    variance = 0
+    for own, cross, count, others in ((xx, xy, m, n), (yy, yx, n, m)):
+        # the value without image i, up to a constant; 0 / 0 = NaN for 2 images
+        own = (own.sum() - 2 * own) / ((count - 1) * (count - 2))
+        cross = (cross.sum() - cross) / ((count - 1) * others)
+        variance += (count - 1) * (own - 2 * cross).var(correction=0)
+    return value.item(), variance.sqrt().item()
 
 
 def squared_distances(x, y):
@@ -216,16 +187,16 @@ def squared_distances(x, y):
 @remember
 def squared_radii(x):
     """The squared distance from every feature to its third nearest other one. (n, d) -> (n,)."""
-    all_x, k = x.double(), NEIGHBOURS + 1  # the nearest feature of all is itself
-    return torch.cat([squared_distances(x, all_x).kthvalue(k).values for x in chunks(x)])
+    k = NEIGHBOURS + 1  # a feature is the nearest to itself
+    return torch.cat([squared_distances(part, x).kthvalue(k).values for part in x.split(CHUNK)])
 
 
 def precision_recall(real, fake):
     """6.2: improved precision and recall. Do generated images look real? Are all real ones covered?
 
-    The support of a set is a union of balls, one around each feature; the radius is the distance to
-    the third nearest other feature. precision = share of the fake features in the support of the
-    real ones; recall = the reverse.
+    The support of a set is a union of balls. Every feature is the centre of a ball that reaches to
+    its third nearest other feature. precision = share of the fake features in the support of the
+    real ones; recall = share of the real features in the support of the fake ones.
     real: (m, d), fake: (n, d), tensors. Returns (precision, recall), NaN for fewer than 4 images.
     """
     real, fake = sample(real), sample(fake)
@@ -233,8 +204,8 @@ def precision_recall(real, fake):
         return math.nan, math.nan
 
     def share_inside(points, centres):
-        radii, centres = squared_radii(centres), centres.double()
-        inside = [(squared_distances(x, centres) <= radii).any(1) for x in chunks(points)]
+        radii, parts = squared_radii(centres), points.split(CHUNK)
+        inside = [(squared_distances(part, centres) <= radii).any(1) for part in parts]
         return torch.cat(inside).double().mean().item()
 
     return share_inside(fake, real), share_inside(real, fake)
@@ -268,88 +239,70 @@ def average_pool(x):
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class MixedA(nn.Module):
-    def __init__(self, c, pool):
+class Mixed(nn.Module):
+    """Branches with the same input; all outputs are concatenated.
+
+    branches: name -> layers, one after the other: (channels, size) or more arguments of `Conv`.
+    If the size is a dict, the layer is two layers with the same input. The branch "_pool" starts
+    with the function `pool`. Layers have their published names, such as branch5x5_1, branch3x3_2a.
+    """
+
+    def __init__(self, c_in, pool, branches):
         super().__init__()
-        self.branch1x1 = Conv(c, 64, 1)
-        self.branch5x5_1, self.branch5x5_2 = Conv(c, 48, 1), Conv(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 64, 1), Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3)
-        self.branch_pool = Conv(c, pool, 1)
+        self.pool, self.branches = pool, {}
+        for branch, layers in branches.items():
+            c, self.branches[branch] = c_in, []
+            for i, (c_out, size, *more) in enumerate(layers, 1):
+                name = f"branch{branch}_{i}" if len(layers) > 1 else f"branch{branch}"
+                sizes = size if isinstance(size, dict) else {"": size}
+                for suffix, side in sizes.items():
+                    self.add_module(name + suffix, Conv(c, c_out, side, *more))
+                self.branches[branch].append([name + suffix for suffix in sizes])
+                c = c_out
 
     def forward(self, x):
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(average_pool(x))], 1)
+        outputs = []
+        for branch, layers in self.branches.items():
+            y = self.pool(x) if branch == "_pool" else x
+            for names in layers:
+                y = torch.cat([getattr(self, name)(y) for name in names], 1)
+            outputs.append(y)
+        return torch.cat(outputs, 1)
 
 
-class MixedB(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.branch3x3 = Conv(c, 384, 3, stride=2, padding=0)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 64, 1), Conv(64, 96, 3)
-        self.branch3x3dbl_3 = Conv(96, 96, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), three, F.max_pool2d(x, 3, stride=2)], 1)
+def mixed_a(c, pool):
+    """35 x 35 positions."""
+    three = [(64, 1), (96, 3), (96, 3)]
+    branches = {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": three, "_pool": [(pool, 1)]}
+    return Mixed(c, average_pool, branches)
 
 
-class MixedC(nn.Module):
-    def __init__(self, c, w):
-        super().__init__()
-        self.branch1x1 = Conv(c, 192, 1)
-        self.branch7x7_1, self.branch7x7_2 = Conv(c, w, 1), Conv(w, w, (1, 7))
-        self.branch7x7_3 = Conv(w, 192, (7, 1))
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(c, w, 1), Conv(w, w, (7, 1))
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = Conv(w, w, (1, 7)), Conv(w, w, (7, 1))
-        self.branch7x7dbl_5 = Conv(w, 192, (1, 7))
-        self.branch_pool = Conv(c, 192, 1)
-
-    def forward(self, x):
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))
-        return torch.cat([self.branch1x1(x), seven, twice, self.branch_pool(average_pool(x))], 1)
+def mixed_c(w):
+    """17 x 17 positions, with `w` channels inside."""
+    across, down = (1, 7), (7, 1)
+    once = [(w, 1), (w, across), (192, down)]
+    twice = [(w, 1), (w, down), (w, across), (w, down), (192, across)]
+    branches = {"1x1": [(192, 1)], "7x7": once, "7x7dbl": twice, "_pool": [(192, 1)]}
+    return Mixed(768, average_pool, branches)
 
 
-class MixedD(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = Conv(c, 192, 1), Conv(192, 320, 3, stride=2, padding=0)
-        self.branch7x7x3_1, self.branch7x7x3_2 = Conv(c, 192, 1), Conv(192, 192, (1, 7))
-        self.branch7x7x3_3 = Conv(192, 192, (7, 1))
-        self.branch7x7x3_4 = Conv(192, 192, 3, stride=2, padding=0)
-
-    def forward(self, x):
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], 1)
+def halving(c, branches):
+    """Half as many positions along both axes."""
+    return Mixed(c, lambda x: F.max_pool2d(x, 3, stride=2), branches | {"_pool": []})
 
 
-class MixedE(nn.Module):
-    def __init__(self, c, pool):
-        super().__init__()
-        self.pool = pool
-        self.branch1x1 = Conv(c, 320, 1)
-        self.branch3x3_1 = Conv(c, 384, 1)
-        self.branch3x3_2a, self.branch3x3_2b = Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = Conv(c, 448, 1), Conv(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = Conv(384, 384, (1, 3)), Conv(384, 384, (3, 1))
-        self.branch_pool = Conv(c, 192, 1)
-
-    def forward(self, x):
-        three, twice = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        three = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        twice = [self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice)]
-        return torch.cat([self.branch1x1(x), *three, *twice, self.branch_pool(self.pool(x))], 1)
+def mixed_e(c, pool):
+    """8 x 8 positions."""
+    both = (384, {"a": (1, 3), "b": (3, 1)})
+    three = {"3x3": [(384, 1), both], "3x3dbl": [(448, 1), (384, 3), both]}
+    return Mixed(c, pool, {"1x1": [(320, 1)], **three, "_pool": [(192, 1)]})
 
 
 class Inception(nn.Module):
     """5.1.1: the feature network of FID; 2048 features per image, the mean over all positions.
 
-    x: (B, 3, H, W) in [0, 1] -> (B, 2048). Other sizes than 299 are interpolated bilinearly. Names
-    and weights are those of the published tool. `fc` is in the weight file but is not used.
+    x: (B, 3, H, W) in [0, 1] -> (B, 2048). Images are resized to 299 x 299 (bilinear). The names
+    of the weights are those of the published file; its layer `fc` is not used.
     """
 
     def __init__(self):
@@ -359,20 +312,21 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = Conv(32, 64, 3)
         self.Conv2d_3b_1x1 = Conv(64, 80, 1)
         self.Conv2d_4a_3x3 = Conv(80, 192, 3, padding=0)
-        self.Mixed_5b, self.Mixed_5c = MixedA(192, 32), MixedA(256, 64)
-        self.Mixed_5d = MixedA(288, 64)
-        self.Mixed_6a = MixedB(288)
-        self.Mixed_6b, self.Mixed_6c = MixedC(768, 128), MixedC(768, 160)
-        self.Mixed_6d, self.Mixed_6e = MixedC(768, 160), MixedC(768, 192)
-        self.Mixed_7a = MixedD(768)
-        self.Mixed_7b = MixedE(1280, pool=average_pool)
+        self.Mixed_5b, self.Mixed_5c = mixed_a(192, 32), mixed_a(256, 64)
+        self.Mixed_5d = mixed_a(288, 64)
+        three = [(64, 1), (96, 3), (96, 3, 2, 0)]
+        self.Mixed_6a = halving(288, {"3x3": [(384, 3, 2, 0)], "3x3dbl": three})
+        self.Mixed_6b, self.Mixed_6c = mixed_c(128), mixed_c(160)
+        self.Mixed_6d, self.Mixed_6e = mixed_c(160), mixed_c(192)
+        seven = [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, 2, 0)]
+        self.Mixed_7a = halving(768, {"3x3": [(192, 1), (320, 3, 2, 0)], "7x7x3": seven})
+        self.Mixed_7b = mixed_e(1280, average_pool)
         # not a slip: FID's last block takes the maximum
-        self.Mixed_7c = MixedE(2048, pool=lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
+        self.Mixed_7c = mixed_e(2048, lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x):
-        x = F.interpolate(x, (299, 299), mode="bilinear", align_corners=False)
-        x = 2 * x - 1
+        x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))  # (B, 192, 71, 71)
@@ -385,7 +339,7 @@ class Inception(nn.Module):
 
 
 def inception_file(path=None, download=False):
-    """`path`, or the weight file in torch's hub cache, fetched if `download`; None if missing."""
+    """`path`, or the weight file in torch's cache, fetched if `download`. None if it is missing."""
     if path:
         return Path(path)
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.split("/")[-1]
@@ -399,22 +353,20 @@ def inception_file(path=None, download=False):
 
 
 def load_inception(path, sha256=INCEPTION_SHA256):
-    """The network with the published weights; UserError if the file is another one."""
+    """The network with the published weights. UserError if the file holds something else."""
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
-        hashes = f"sha256 {digest[:8]}..., expected {sha256[:8]}..."
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        hashes = f"sha256 {found[:8]}..., expected {sha256[:8]}..."
         raise UserError(f"{path}: not Inception's published weights ({hashes})")
-    network = Inception()
-    start = network.state_dict()
-    counters = {name: start[name] for name in start if name.endswith("num_batches_tracked")}
+    network = Inception().eval()
     weights = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(counters | weights)  # old files lack the counters
-    return network.eval()
+    network.load_state_dict(network.state_dict() | weights)  # the file lacks the norms' counters
+    return network
 
 
 def in_float32(network, device):
-    """The network as a function of x, computed in float32 on `device` even inside autocast."""
+    """The network as a function of x. It computes in float32 on `device`, even inside autocast."""
     network = network.float().to(device).eval()
 
     @torch.no_grad()
@@ -443,17 +395,20 @@ def letters_classifier():
     return nn.Sequential(*stage(1, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), *head)
 
 
-def letters_features(path=data.ASSETS / "letters_classifier.pt", device="cpu"):
-    """6.2: features for letters at 32 x 32 without a download, (B, 64).
+CLASSIFIER = data.ASSETS / "letters_classifier.pt"  # assets/make_letters_classifier.py made it
 
-    The last but one layer of a classifier, which assets/make_letters_classifier.py has made.
+
+def letters_features(path=CLASSIFIER, device="cpu"):
+    """6.2: features of letters at 32 x 32, without a download: a classifier without its last layer.
+
+    (B, 32, 32, 3) -> (B, 64).
     """
-    with torch.device("meta"):  # draws no start weights: a caller's random numbers stay the same
+    with torch.device("meta"):  # draws no weights, so the caller's random numbers stay the same
         network = letters_classifier()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(weights, assign=True)
-    except Exception as error:  # torch raises whatever it meets in a file of another kind
+    except Exception as error:  # torch raises many kinds for a file of another kind
         make = "python assets/make_letters_classifier.py FILE"
         raise UserError(f"{path}: not a letters classifier; {make} makes one") from error
     network = in_float32(network[:-1], device)
@@ -461,12 +416,12 @@ def letters_features(path=data.ASSETS / "letters_classifier.pt", device="cpu"):
 
 
 def paintings_features(images):
-    """6.2: features for abstract pictures without download or training. (B, H, W, 3) -> (B, 130).
+    """6.2: features of abstract pictures, without download or training. (B, H, W, 3) -> (B, 130).
 
-    Which colours: square roots of the shares of 4 x 5 x 5 boxes of CIE-LAB, so that distances are
-    Hellinger's. How much change at which scale: for L, a, b at 1, 2, 4, 8 and 16 pixels, the
-    logarithm of the mean squared difference of neighbours, down and across. Fixed factors give both
-    parts a variance of about half a unit per feature over assorted abstract pictures.
+    100 for the colours: square roots of the shares of 4 x 5 x 5 boxes of CIE-LAB (distances are
+    then Hellinger's). 30 for the details: for L, a, b at 1, 2, 4, 8 and 16 pixels, the logarithm of
+    the mean squared difference of neighbours, down and across. Constant factors give both parts
+    a variance of about half a unit per feature over a mix of abstract pictures.
     """
     lab = torch.from_numpy(rgb_to_lab(images.numpy())).float()  # (B, H, W, 3)
     low, width, count = torch.tensor([[0.0, -50.0, -50.0], [25.0, 20.0, 20.0], [4, 5, 5]])
@@ -490,17 +445,16 @@ FEATURES = {
 
 
 def offline_features(classes):
-    """6.2: which features need no download: letters if all classes are capital letters."""
+    """6.2: the features that need no download: "letters" if all classes are capital letters."""
     letters = len(classes) > 1 and set(classes) <= set(data.ALPHABET)
     return "letters" if letters else "paintings"
 
 
 def choose_features(args, classes):
-    """The features for --features: (name, function or None, size of the images)."""
+    """What --features means: its name, the function (None for "none"), the size of the images."""
     name, size = args.features, args.size or 256
     if name in ("auto", "inception"):
-        file = inception_file(args.inception, args.download)
-        if file:
+        if file := inception_file(args.inception, args.download):
             return "inception", inception_features(load_inception(file), args.device), size
         missing = "Inception's weights are missing; use --download (96 MB) or --inception FILE"
         if name == "inception":
@@ -522,32 +476,36 @@ def choose_features(args, classes):
 def measure(name, images, features, size, batch=32):
     """One pass over a set: label -> (features (n, d) float32, colour distances (n, 6)).
 
-    The whole set has the label "all". Without a colour label, colour distances are NaN. Images that
-    cannot be decoded are left out; one line counts and names them.
+    The label "all" stands for the whole set. Colour distances are NaN for labels that are no
+    colours. Images that cannot be decoded are left out; one line counts and names them.
     name: for messages; images: a `data.ImageSet`; features: a function of images, or None.
     """
     source, count = images.images, len(images.labels)
+    rows, x, colours, left_out = [], [torch.zeros(0)], [], []
 
     def load(row):
-        """(row, image, colour distances), or the reason to leave the image out."""
-        label = images.classes[images.labels[row]]
+        """An image and its colour distances, or None and the reason why it is left out."""
         try:
             file = isinstance(source, data.Files)
             image = data.decode(source.files[row], size) if file else data.fit(source[row], size)
         except UserError as reason:
-            return f"{source.files[row].name} ({reason})"
-        return row, image, colour_distances(image, label) if label in COLOURS else [math.nan] * 6
+            return None, f"{source.files[row].name} ({reason})"
+        label = images.classes[images.labels[row]]
+        return image, colour_distances(image, label) if label in COLOURS else [math.nan] * 6
 
-    loaded = iter(tqdm(data.threaded(load, range(count)), name, count, unit="image", disable=None))
-    rows, x, colours, left_out = [], [torch.zeros(0)], [], []
-    while part := list(islice(loaded, batch)):
-        left_out += [item for item in part if isinstance(item, str)]
-        if good := [item for item in part if not isinstance(item, str)]:
-            index, pixels, distances = zip(*good)
-            pixels = torch.from_numpy(np.stack(pixels))
-            x.append(features(pixels) if features else torch.zeros(len(good), 0))
-            rows += index
-            colours += distances
+    def good_images():
+        loaded = tqdm(data.threaded(load, range(count)), name, count, unit="image", disable=None)
+        for row, (image, found) in enumerate(loaded):
+            if image is None:
+                left_out.append(found)
+                continue
+            rows.append(row)
+            colours.append(found)
+            yield torch.from_numpy(image)
+
+    good = good_images()
+    while part := list(islice(good, batch)):
+        x.append(features(torch.stack(part)) if features else torch.zeros(len(part), 0))
     if left_out:
         some = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
         print(f"note: {name}: {len(left_out)} of {count:,} left out: {some}", file=sys.stderr)
@@ -557,11 +515,10 @@ def measure(name, images, features, size, batch=32):
 
 
 def compare(real, fake):
-    """5.4: all distances between two sets of features, both counts, and the MARKS of the row."""
-    few = min(len(real), len(fake))
+    """5.4: all distances between two sets of features, and the MARKS of this comparison."""
     (value, error), (precision, recall) = kernel_distance(real, fake), precision_recall(real, fake)
+    few = min(len(real), len(fake))
     return {
-        "images": len(fake),
         "real": len(real),
         "frechet": frechet_distance(real, fake),
         "kernel": value,
@@ -586,41 +543,6 @@ FIGURES = {
 }
 
 
-def evaluate(args):
-    """Open, measure and compare all sets. Returns the content of evaluation.json."""
-    paths = {"real": args.real} | named_sets(args.fake)
-    sets = {name: data.open_set(path, args.size, pack=False) for name, path in paths.items()}
-    labels = {name: [s.classes[i] for i in np.unique(s.labels)] for name, s in sets.items()}
-    for name in paths:
-        if args.per_label and (labels[name] == ["all"] or {*labels[name]} != {*labels["real"]}):
-            both = [f"{paths[n]} has {', '.join(labels[n])}" for n in ("real", name)]
-            raise UserError(f"--per-label needs the same class folders twice; {'; '.join(both)}")
-    kind, features, size = choose_features(args, labels["real"])
-    groups = {name: measure(name, s, features, size, args.batch) for name, s in sets.items()}
-    own, against_all, colour = [], [], []
-    for label in [*labels["real"], "all"] if args.per_label else ["all"]:
-        for name, path in paths.items():
-            x, colours = groups[name][label]
-            if len(x) < 2:
-                raise UserError(f"{path}: {len(x)} image with label {label}; at least 2 are needed")
-            row = {"label": label, "set": name, "images": len(x)}
-            if not np.isnan(colours).any():
-                colour.append(row | dict(zip(COLOUR_METRICS, colours.mean(0).tolist())))
-            if features and name != "real":
-                against_all.append(row | compare(groups["real"]["all"][0], x))
-                if label != "all":
-                    own.append(row | compare(groups["real"][label][0], x))
-    return {
-        "sets": paths,
-        "kind": kind,
-        "features": FEATURES[kind],
-        "resize": f"centre square, Pillow Lanczos to {size} x {size}",
-        "own": own,
-        "all": against_all,
-        "colour": colour,
-    }
-
-
 def named_sets(items):
     """["ldm=DIR", "DIR2"] -> {"ldm": "DIR", "DIR2": "DIR2"}; a set has the name of its folder."""
     sets = {}
@@ -634,26 +556,49 @@ def named_sets(items):
     return sets
 
 
+def evaluate(args):
+    """Open, measure and compare all sets. Returns the content of evaluation.json."""
+    paths = {"real": args.real} | named_sets(args.fake)
+    sets = {name: data.open_set(path, args.size, pack=False) for name, path in paths.items()}
+    labels = {name: [s.classes[i] for i in np.unique(s.labels)] for name, s in sets.items()}
+    for name in paths if args.per_label else ():
+        if labels[name] == ["all"] or {*labels[name]} != {*labels["real"]}:
+            both = [f"{paths[n]} has {', '.join(labels[n])}" for n in ("real", name)]
+            raise UserError(f"--per-label needs the same class folders twice; {'; '.join(both)}")
+    kind, features, size = choose_features(args, labels["real"])
+    groups = {name: measure(name, s, features, size, args.batch) for name, s in sets.items()}
+    tables = {"own": [], "all": [], "colour": []}
+    for label in [*labels["real"], "all"] if args.per_label else ["all"]:
+        for name, path in paths.items():
+            x, colours = groups[name][label]
+            if len(x) < 2:
+                raise UserError(f"{path}: {len(x)} image with label {label}; at least 2 are needed")
+            row = {"label": label, "set": name, "images": len(x)}
+            if not np.isnan(colours).any():
+                tables["colour"].append(row | dict(zip(COLOUR_METRICS, colours.mean(0).tolist())))
+            if features and name != "real":
+                tables["all"].append(row | compare(groups["real"]["all"][0], x))
+                if label != "all":
+                    tables["own"].append(row | compare(groups["real"][label][0], x))
+    resize = f"centre square, Pillow Lanczos to {size} x {size}"
+    about = {"sets": paths, "kind": kind, "features": FEATURES[kind], "resize": resize}
+    return about | tables
+
+
 def print_table(title, rows):
     """Counts and words as they are, other numbers with four digits."""
-    names = [name for name in rows[0] if name not in ("label", "set")]
-    width = {name: max(9, len(name) + 1) for name in names}
-    head = "".join(f"{name:>{width[name]}}" for name in names)
-    print(f"\n{title}\n{'label':10} {'set':18}{head}")
-    for row in rows:
-        cells = [f"{row[n]:.4g}" if isinstance(row[n], float) else str(row[n]) for n in names]
-        cells = "".join(f"{cell:>{width[name]}}" for cell, name in zip(cells, names))
-        print(f"{row['label']:10} {row['set']:18}{cells}".rstrip())
+    print(f"\n{title}")
+    for row in [dict(zip(rows[0], rows[0])), *rows]:  # the names of the columns first
+        label, name, *values = [f"{v:.4g}" if isinstance(v, float) else v for v in row.values()]
+        cells = [f"{value:>{max(8, len(key))}}" for key, value in zip([*row][2:], values)]
+        print(f"{label:10} {name:18}", *cells)
 
 
 def report(results, out):
-    """Print the tables, and one line per mark in them; save evaluation.json and the figures."""
+    """Print the tables and the meaning of their marks; save evaluation.json and the figures."""
     print(f"features: {results['features']}; images: {results['resize']}")
-    over = f"distance over {results['kind']} features"
-    titles = {
-        "own": f"{over} to the real images of the same label",
-        "all": f"{over} to all real images",
-    }
+    over = f"distance over {results['kind']} features to"
+    titles = {"own": f"{over} the real images of the same label", "all": f"{over} all real images"}
     titles["colour"] = "distance to the label colour"
     tables = {title: results[key] for key, title in titles.items() if results[key]}
     for title, rows in tables.items():
@@ -665,13 +610,9 @@ def report(results, out):
         plain = json.loads(json.dumps(results), parse_constant=lambda name: None)  # no NaN in JSON
         temporary.write_text(json.dumps(plain, indent=1))
     for figure, values in FIGURES.items():
-        charts = [
-            bars(rows, value, f"{value} {title}", "kernel_error" if value == "kernel" else None)
-            for title, rows in tables.items()
-            for value in values
-            if value in rows[0]
-        ]
-        if charts:
+        pairs = [(title, v) for title, rows in tables.items() for v in values if v in rows[0]]
+        if pairs:
+            charts = [bars(tables[title], value, f"{value} {title}") for title, value in pairs]
             save(join(charts), out / f"{figure}.png")
     print(f"\n{out}: evaluation.json and the figures")
 
@@ -684,7 +625,6 @@ def report(results, out):
 def parse():
     p = argparse.ArgumentParser(description="How close generated images are to real ones.")
     add, device = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
-    classifier = data.ASSETS / "letters_classifier.pt"
     sets = "folder, packed folder, .npz, letters or paintings, perhaps with :train or :validation"
     kinds = "auto: inception if its weights are there, else letters for sets of capital letters, "
     kinds += "else paintings; none: colours only (default auto)"
@@ -694,7 +634,7 @@ def parse():
     add("--features", choices=("auto", *FEATURES), default="auto", help=kinds)
     add("--inception", metavar="FILE", help="Inception's weights (default: torch's hub cache)")
     add("--download", action="store_true", help="fetch Inception's weights (96 MB) first")
-    add("--classifier", default=classifier, help="for the letters features (default: in assets)")
+    add("--classifier", default=CLASSIFIER, help="for the letters features (default: in assets)")
     add("--size", type=int, help="pixels per side of all images (default 256; letters 32)")
     add("--batch", type=int, default=32, help="images at a time (default 32)")
     add("--device", default=device, help=f"cuda, mps or cpu (default {device})")

@@ -375,7 +375,8 @@ def settle(settings):
             if not (LIMITS[name](value, more[name]) and math.isfinite(value)):
                 limit = f"{WORDS[name]} {more[name]}"
                 raise UserError(f"{option(f.name)} {value}: must be {limit}")
-    data.check_device(s.device)
+    if data.check_device(s.device) == "mps" and dist.is_initialized():
+        raise UserError("--device mps: several processes need cuda or cpu")
     if s.batch % (world() * s.accumulate):
         parts = f"{world()} processes x --accumulate {s.accumulate}"
         raise UserError(f"--batch {s.batch}: images per update; must be a multiple of {parts}")
@@ -1341,6 +1342,13 @@ def train(name, typed, resume):
     if resume:
         load_tensors(players, ema, stage, progress.pop("names"), tensors)
         stage.start(resumed=True)
+        before = progress["settings"]["updates"]
+        if settings.updates != before:
+            print(
+                f"{settings.updates} updates instead of {before}: the learning rate is now that of",
+                end=" ",
+            )
+            print(f"a run of this length, {learning_rate(settings, progress['update']):.2g}")
     progress |= {"settings": asdict(settings), "run": progress["run"] + 1}
     if progress["update"] >= settings.updates:
         print(f"{out}: finished after {progress['update']} updates; --updates N trains it longer")

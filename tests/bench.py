@@ -114,16 +114,14 @@ def bench_training(batch=32):
 
     with FlopCounterMode(display=False) as counter:
         update("float32")
+    print(f"training letters, batch {batch}, and its share of the peak of a large convolution")
     for precision, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         conv, large = conv.to(kind), large.to(kind)
         taken = seconds(lambda: update(precision))  # noqa: B023
         with torch.no_grad():
             peak = 2 * large.numel() * 256 * 9 / seconds(lambda: conv(large))  # noqa: B023
-        share = f"{counter.get_total_flops() / taken / peak:.0%} of the peak of convolutions"
-        print(
-            f"training letters, batch {batch}, {precision}: {batch / taken:.0f} images/s, ", end=""
-        )
-        print(f"{share}, {peak / 1e9:.0f} Gflop/s")
+        share = f"{counter.get_total_flops() / taken / peak:.0%} of {peak / 1e9:.0f} Gflop/s"
+        print(f"    {precision}: {batch / taken:.0f} images/s, {share}", flush=True)
 
 
 def bench_sampling(against=None, batch=64, steps=50):
@@ -449,15 +447,15 @@ def bench_plan(gigabytes, precision):
     print(f"{trained:,} parameters to train, {frozen:,} in the first stage, {precision}")
     print("an image adds {:.2f} GB, or {:.2f} with --checkpoint-activations".format(*image / 1e9))
     kinds = "".join(f"{kind:>12}" for kind in memory_per_process(1, 1, 1, "ddp"))
-    print(f"{'a process holds, in GB':24}{kinds}   images on {gigabytes:g} GB   checkpointed")
-    cases = {"one process, or ddp": ("ddp",), "fsdp, --cpu-offload": ("fsdp", 2, True)}
-    cases |= {f"fsdp, processes: {n}": ("fsdp", n) for n in (1, 2, 4, 8)}
+    print(f"{'GB per process':20}{kinds}{f'images on {gigabytes:g} GB':>20}{'checkpointed':>16}")
+    cases = {f"fsdp {n}": ("fsdp", n) for n in (1, 2, 4, 8)}
+    cases = {"one process, or ddp": ("ddp",)} | cases | {"fsdp, --cpu-offload": ("fsdp", 2, True)}
     for name, case in cases.items():
         held = memory_per_process(trained, largest, frozen, *case)
         cells = "".join(f"{4 * count / 1e9:12.2f}" for count in held.values())
         free = 0.92 * gigabytes * 1e9 - 4 * sum(held.values())  # CUDA and gaps take 8 %
         fit, more = np.maximum(0, (free - (one - image)) // image).astype(int)
-        print(f"{name:24}{cells}{fit:15}{more:15}")
+        print(f"{name:20}{cells}{fit:20}{more:16}")
 
 
 def memory_per_process(trained, largest, frozen, strategy, processes=1, offload=False):

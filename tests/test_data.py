@@ -4,6 +4,8 @@ import fcntl
 import json
 import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -700,6 +702,18 @@ def test_files_are_flushed_as_windows_allows_it(tmp_path, monkeypatch):
     with whole_file(tmp_path / "file.txt") as temporary:
         temporary.write_text("text")
     assert flushed and (tmp_path / "file.txt").read_text() == "text"
+
+
+def test_a_script_without_a_main_guard_may_open_a_large_folder(tmp_path):
+    """A9: no new process imports the script again."""
+    (tmp_path / "set").mkdir()
+    for i in range(300):
+        Image.new("L", (8, 8), i % 256).save(tmp_path / "set" / f"{i}.png")
+    script = tmp_path / "script.py"
+    script.write_text("import data\nprint(len(data.open_set('set', 8).images))\n")
+    how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}}
+    done = subprocess.run([sys.executable, script], capture_output=True, timeout=100, **how)
+    assert done.stdout == b"300\n", done.stderr
 
 
 def test_threads_keep_the_order_and_pass_on_errors():

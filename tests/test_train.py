@@ -14,11 +14,13 @@ import torch
 from conftest import equal_tensors, make_tiny_model, newest_checkpoint
 from PIL import Image
 
+import ldm
 import train
-from data import TABLE_4_1
+from data import TABLE_4_1, UserError
 from ldm import load_model
 from plots import draw_losses, log_rows
 from train import EMA, Letters, LettersStage, Log, learning_rate, settle
+from vqgan import PerceptualLoss
 
 TINY = ("--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", 16)
 TINY += ("--channels", 16)
@@ -430,6 +432,25 @@ def test_4_4_2_the_loss_is_the_cross_entropy_at_every_t(tmp_path):
     table = [(1, 0.5, 0.25), (4, 1.5, 0.75)]
     s.by_noise_level = lambda rows: table if rows is s.validation_rows else None
     assert s.validate() == {"validation_loss": 1.0, "validation_accuracy": 0.5}
+
+
+def test_the_perceptual_loss_is_loaded_once(tmp_path, monkeypatch):
+    """B12; without its files the weight is 0."""
+    loads = []
+
+    def load(files):
+        loads.append(files)
+        if files is None:
+            raise UserError("vgg.pth is not there")
+        return PerceptualLoss()
+
+    monkeypatch.setattr(ldm, "load_perceptual", load)
+    tiny = {"data": "letters", "size": 32, "channels": 8, "device": "cpu", "model": "small"}
+    for files, weight in (("folder", 1.0), (None, 0.0)):
+        settings = train.new_settings(train.FirstStage, tiny | {"perceptual_files": files})
+        stage = train.AutoencoderStage(settings)
+        assert settings.perceptual == weight and (stage.perceptual is not None) == bool(weight)
+    assert loads == ["folder", None]
 
 
 def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
