@@ -421,38 +421,6 @@ def is_plain(image):
     return bool(np.sqrt(lab.var(0).sum()) < 5 or near.mean() > 0.95)
 
 
-def relabel(images):
-    """4.2.2, the re-clustering: the label of every image by the RGB rule and by the LAB rule.
-
-    images: (N, H, W, 3) uint8. Returns (rgb, lab, excess), each (N,). excess: how much farther, in
-    Delta-E, the RGB label is than the LAB label.
-    """
-    means = {"rgb": [], "lab": []}
-    for i in tqdm(range(0, len(images), 32), "mean colours", unit="batch", disable=None):
-        for space, found in means.items():
-            found.append(mean_colour(images[i : i + 32], space))
-    rgb, lab = (nearest_colour(np.concatenate(means[space]), space) for space in means)
-    distances = label_distances(np.concatenate(means["lab"]), "lab")
-    rows = np.arange(len(rgb))
-    return rgb, lab, distances[rows, rgb] - distances[rows, lab]
-
-
-def transition_report(rgb, lab, names):
-    """Both histograms, and how many images went from which RGB label to which LAB label."""
-    table = np.zeros((len(names), len(names)), int)
-    np.add.at(table, (rgb, lab), 1)
-    width, total = max(map(len, names)) + 2, len(rgb)
-    lines = [f"{'':{width}}{'RGB':>14}{'LAB':>16}"]
-    for name, a, b in zip(names, table.sum(1), table.sum(0)):
-        lines.append(f"{name:{width}}{a:7,} {a / total:7.1%}{b:8,} {b / total:7.1%}")
-    changed = f"{(rgb != lab).mean():.1%} of {total:,} labels"
-    lines += [f"the LAB rule changes {changed}; from RGB (row) to LAB (column):", ""]
-    lines.append(" " * width + "".join(f"{name:>{width}}" for name in names))
-    for name, row in zip(names, table):
-        lines.append(f"{name:{width}}" + "".join(f"{count:>{width},}" for count in row))
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------------------------------
 # 4.2.3  Pre-processing: decode, crop, resize, [-1, 1]
 # --------------------------------------------------------------------------------------------------

@@ -43,16 +43,13 @@ def psnr(x, x_r):
 
 
 def gradient_energy(x):
-    """3.2.1: mean absolute difference of neighbouring pixels; blur lowers it.
-
-    x: (B, 3, H, W) in [-1, 1], clamped. Returns (B,).
-    """
+    """3.2.1: mean absolute difference of neighbouring pixels, (B,). x: (B, 3, H, W) in [-1, 1]."""
     x = x.clamp(-1, 1)
     return x.diff(dim=-1).abs().mean((1, 2, 3)) + x.diff(dim=-2).abs().mean((1, 2, 3))
 
 
 # --------------------------------------------------------------------------------------------------
-# 5.1.1  Frechet distance
+# 5.1.1, 5.3.1, 5.4.1  Frechet distance, variety, colour
 # --------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +59,6 @@ def frechet_distance(a, b):
     m and C are the mean and the covariance of the features. With C1 = F^T F and C2 = X^T X, C1 C2
     has the nonzero eigenvalues of (F X^T)(F X^T)^T. This matrix is small and symmetric: no matrix
     square root is needed, and no imaginary part can appear.
-
     a: (n, d), b: (m, d), arrays or tensors. Computed in float64. ValueError for fewer than 2 rows.
     """
     a, b = sorted((torch.as_tensor(x).double() for x in (a, b)), key=len)
@@ -74,11 +70,6 @@ def frechet_distance(a, b):
     cross = torch.linalg.eigvalsh(product @ product.T).clamp(min=0).sqrt().sum()
     distance = (m1 - m2).square().sum() + a.square().sum() + b.square().sum() - 2 * cross
     return max(0.0, distance.item())  # rounding errors can make it negative
-
-
-# --------------------------------------------------------------------------------------------------
-# 5.3.1, 5.4.1  Variety and colour
-# --------------------------------------------------------------------------------------------------
 
 
 def variety(images):
@@ -116,8 +107,8 @@ def colour_distances(image, label):
 def mean_colour_distances(images, classes):
     """5.4.1, figure 5.7: the RGB distance |mean of the pixels - label colour|, averaged per label.
 
-    images: (K or more, N, H, W, 3) uint8, one row per label. Returns (K,), or None if the labels
-    are not those of table 4.1.
+    images: (K or more, N, H, W, 3) uint8, one row per label.
+    Returns (K,), or None if the labels are not those of table 4.1.
     """
     if list(classes) != list(COLOURS):
         return None
@@ -157,8 +148,8 @@ def kernel_distance(x, y):
 
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-    An unbiased value can be below 0. The standard error is the jackknife's: the spread of the
-    values with one image left out.
+    An unbiased value can be below 0. The standard error is that of the jackknife: the spread of
+    the values with one image left out.
     x: (m, d), y: (n, d), tensors. Returns (value, standard error); the value is NaN for fewer than
     2 images, the error for fewer than 3.
     """
@@ -187,8 +178,8 @@ def squared_distances(x, y):
 @remember
 def squared_radii(x):
     """The squared distance from every feature to its third nearest other one. (n, d) -> (n,)."""
-    k = NEIGHBOURS + 1  # a feature is the nearest to itself
-    return torch.cat([squared_distances(part, x).kthvalue(k).values for part in x.split(CHUNK)])
+    parts = (squared_distances(part, x) for part in x.split(CHUNK))
+    return torch.cat([part.kthvalue(NEIGHBOURS + 1).values for part in parts])  # 1st: x_i itself
 
 
 def precision_recall(real, fake):
@@ -202,24 +193,22 @@ def precision_recall(real, fake):
     real, fake = sample(real), sample(fake)
     if min(len(real), len(fake)) <= NEIGHBOURS:
         return math.nan, math.nan
-
-    def share_inside(points, centres):
-        radii, parts = squared_radii(centres), points.split(CHUNK)
-        inside = [(squared_distances(part, centres) <= radii).any(1) for part in parts]
-        return torch.cat(inside).double().mean().item()
-
-    return share_inside(fake, real), share_inside(real, fake)
+    shares = []
+    for points, centres in ((fake, real), (real, fake)):
+        parts = (squared_distances(part, centres) for part in points.split(CHUNK))
+        inside = [(part <= squared_radii(centres)).any(1) for part in parts]
+        shares.append(torch.cat(inside).double().mean().item())
+    return tuple(shares)
 
 
 # --------------------------------------------------------------------------------------------------
 # 5.1.1, 6.2  Features: functions of images (B, H, W, 3) uint8 -> (B, d)
 # --------------------------------------------------------------------------------------------------
 
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    "pt_inception-2015-12-05-6726825d.pth"
-)
+RELEASE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+INCEPTION_URL = f"{RELEASE}/pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+CLASSIFIER = data.ASSETS / "letters_classifier.pt"  # assets/make_letters_classifier.py made it
 
 
 class Conv(nn.Module):
@@ -271,14 +260,12 @@ class Mixed(nn.Module):
 
 
 def mixed_a(c, pool):
-    """35 x 35 positions."""
     three = [(64, 1), (96, 3), (96, 3)]
     branches = {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": three, "_pool": [(pool, 1)]}
     return Mixed(c, average_pool, branches)
 
 
 def mixed_c(w):
-    """17 x 17 positions, with `w` channels inside."""
     across, down = (1, 7), (7, 1)
     once = [(w, 1), (w, across), (192, down)]
     twice = [(w, 1), (w, down), (w, across), (w, down), (192, across)]
@@ -287,12 +274,10 @@ def mixed_c(w):
 
 
 def halving(c, branches):
-    """Half as many positions along both axes."""
     return Mixed(c, lambda x: F.max_pool2d(x, 3, stride=2), branches | {"_pool": []})
 
 
 def mixed_e(c, pool):
-    """8 x 8 positions."""
     both = (384, {"a": (1, 3), "b": (3, 1)})
     three = {"3x3": [(384, 1), both], "3x3dbl": [(448, 1), (384, 3), both]}
     return Mixed(c, pool, {"1x1": [(320, 1)], **three, "_pool": [(192, 1)]})
@@ -338,10 +323,8 @@ class Inception(nn.Module):
         return x.mean((2, 3))
 
 
-def inception_file(path=None, download=False):
-    """`path`, or the weight file in torch's cache, fetched if `download`. None if it is missing."""
-    if path:
-        return Path(path)
+def inception_file(download=False):
+    """The weight file in torch's cache, fetched if `download`. None if it is missing."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.split("/")[-1]
     if download and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -357,8 +340,7 @@ def load_inception(path, sha256=INCEPTION_SHA256):
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        hashes = f"sha256 {found[:8]}..., expected {sha256[:8]}..."
-        raise UserError(f"{path}: not Inception's published weights ({hashes})")
+        raise UserError(f"{path}: not Inception's published weights (sha256 {found[:8]}...)")
     network = Inception().eval()
     weights = torch.load(path, map_location="cpu", weights_only=True)
     network.load_state_dict(network.state_dict() | weights)  # the file lacks the norms' counters
@@ -395,21 +377,15 @@ def letters_classifier():
     return nn.Sequential(*stage(1, 32), *stage(32, 64), *stage(64, 128), nn.Flatten(), *head)
 
 
-CLASSIFIER = data.ASSETS / "letters_classifier.pt"  # assets/make_letters_classifier.py made it
-
-
 def letters_features(path=CLASSIFIER, device="cpu"):
-    """6.2: features of letters at 32 x 32, without a download: a classifier without its last layer.
-
-    (B, 32, 32, 3) -> (B, 64).
-    """
+    """6.2: features of letters (B, 32, 32, 3) -> (B, 64): a classifier without its last layer."""
     with torch.device("meta"):  # draws no weights, so the caller's random numbers stay the same
         network = letters_classifier()
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(weights, assign=True)
     except Exception as error:  # torch raises many kinds for a file of another kind
-        make = "python assets/make_letters_classifier.py FILE"
+        make = "assets/make_letters_classifier.py"
         raise UserError(f"{path}: not a letters classifier; {make} makes one") from error
     network = in_float32(network[:-1], device)
     return lambda images: network(images.float().mean(3)[:, None] / 127.5 - 1)
@@ -446,15 +422,14 @@ FEATURES = {
 
 def offline_features(classes):
     """6.2: the features that need no download: "letters" if all classes are capital letters."""
-    letters = len(classes) > 1 and set(classes) <= set(data.ALPHABET)
-    return "letters" if letters else "paintings"
+    return "letters" if len(classes) > 1 and set(classes) <= set(data.ALPHABET) else "paintings"
 
 
 def choose_features(args, classes):
-    """What --features means: its name, the function (None for "none"), the size of the images."""
+    """What --features means: its name, the function of images, and the size of the images."""
     name, size = args.features, args.size or 256
     if name in ("auto", "inception"):
-        if file := inception_file(args.inception, args.download):
+        if file := args.inception or inception_file(args.download):
             return "inception", inception_features(load_inception(file), args.device), size
         missing = "Inception's weights are missing; use --download (96 MB) or --inception FILE"
         if name == "inception":
@@ -465,7 +440,8 @@ def choose_features(args, classes):
         if args.size not in (None, 32):
             raise UserError(f"--size {size}: the features for letters need 32; leave --size out")
         return name, letters_features(args.classifier, args.device), 32
-    return name, paintings_features if name == "paintings" else None, size
+    function = paintings_features if name == "paintings" else lambda x: torch.zeros(len(x), 0)
+    return name, function, size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,42 +452,37 @@ def choose_features(args, classes):
 def measure(name, images, features, size, batch=32):
     """One pass over a set: label -> (features (n, d) float32, colour distances (n, 6)).
 
-    The label "all" stands for the whole set. Colour distances are NaN for labels that are no
-    colours. Images that cannot be decoded are left out; one line counts and names them.
-    name: for messages; images: a `data.ImageSet`; features: a function of images, or None.
+    The label "all" stands for the whole set. Colour distances are NaN if the label is no colour.
+    Images that cannot be decoded are left out; one line counts and names them.
+    images: a `data.ImageSet`; features: a function of images.
     """
-    source, count = images.images, len(images.labels)
-    rows, x, colours, left_out = [], [torch.zeros(0)], [], []
+    source, labels = images.images, images.labels
+    no_colour, x, colours, reasons = [math.nan] * 6, [], [], []
 
     def load(row):
-        """An image and its colour distances, or None and the reason why it is left out."""
+        """An image, its colour distances, and the reason to leave it out ("" if there is none)."""
         try:
             file = isinstance(source, data.Files)
             image = data.decode(source.files[row], size) if file else data.fit(source[row], size)
-        except UserError as reason:
-            return None, f"{source.files[row].name} ({reason})"
-        label = images.classes[images.labels[row]]
-        return image, colour_distances(image, label) if label in COLOURS else [math.nan] * 6
+        except UserError as error:
+            black = np.zeros((size, size, 3), np.uint8)  # only for its place in the batch
+            return black, no_colour, f"{source.files[row].name} ({error})"
+        label = images.classes[labels[row]]
+        return image, colour_distances(image, label) if label in COLOURS else no_colour, ""
 
-    def good_images():
-        loaded = tqdm(data.threaded(load, range(count)), name, count, unit="image", disable=None)
-        for row, (image, found) in enumerate(loaded):
-            if image is None:
-                left_out.append(found)
-                continue
-            rows.append(row)
-            colours.append(found)
-            yield torch.from_numpy(image)
-
-    good = good_images()
-    while part := list(islice(good, batch)):
-        x.append(features(torch.stack(part)) if features else torch.zeros(len(part), 0))
-    if left_out:
+    loaded = data.threaded(load, range(len(labels)))
+    loaded = iter(tqdm(loaded, name, len(labels), unit="image", disable=None))
+    while part := list(islice(loaded, batch)):
+        pixels, distances, why = zip(*part)
+        x.append(features(torch.from_numpy(np.stack(pixels))))
+        colours += distances
+        reasons += why
+    if left_out := [reason for reason in reasons if reason]:
         some = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
-        print(f"note: {name}: {len(left_out)} of {count:,} left out: {some}", file=sys.stderr)
-    x, colours, labels = torch.cat(x), np.array(colours), images.labels[np.array(rows, int)]
-    members = {images.classes[i]: labels == i for i in np.unique(images.labels)}
-    return {label: (x[i], colours[i]) for label, i in members.items()} | {"all": (x, colours)}
+        print(f"note: {name}: {len(left_out)} of {len(labels):,} left out: {some}", file=sys.stderr)
+    x, colours, good = torch.cat(x), np.array(colours), np.array(reasons) == ""
+    members = {images.classes[i]: good & (labels == i) for i in np.unique(labels)} | {"all": good}
+    return {label: (x[rows], colours[rows]) for label, rows in members.items()}
 
 
 def compare(real, fake):
@@ -530,8 +501,7 @@ def compare(real, fake):
 
 
 MARKS = {
-    "*": "no more images than features on one side: the covariance is singular and the distance\n"
-    "  biased upwards; compare only rows with equal counts (E61)",
+    "*": "few images bias the Frechet distance upwards; compare only rows with equal counts (E61)",
     "~": "the kernel distance is within two standard errors of 0: no difference is shown",
     "?": "fewer than 100 images: chance alone moves precision and recall by 0.1 and more",
 }
@@ -576,22 +546,13 @@ def evaluate(args):
             row = {"label": label, "set": name, "images": len(x)}
             if not np.isnan(colours).any():
                 tables["colour"].append(row | dict(zip(COLOUR_METRICS, colours.mean(0).tolist())))
-            if features and name != "real":
+            if kind != "none" and name != "real":
                 tables["all"].append(row | compare(groups["real"]["all"][0], x))
                 if label != "all":
                     tables["own"].append(row | compare(groups["real"][label][0], x))
-    resize = f"centre square, Pillow Lanczos to {size} x {size}"
-    about = {"sets": paths, "kind": kind, "features": FEATURES[kind], "resize": resize}
+    about = {"sets": paths, "kind": kind, "features": FEATURES[kind]}
+    about["resize"] = f"centre square, Pillow Lanczos to {size} x {size}"
     return about | tables
-
-
-def print_table(title, rows):
-    """Counts and words as they are, other numbers with four digits."""
-    print(f"\n{title}")
-    for row in [dict(zip(rows[0], rows[0])), *rows]:  # the names of the columns first
-        label, name, *values = [f"{v:.4g}" if isinstance(v, float) else v for v in row.values()]
-        cells = [f"{value:>{max(8, len(key))}}" for key, value in zip([*row][2:], values)]
-        print(f"{label:10} {name:18}", *cells)
 
 
 def report(results, out):
@@ -602,7 +563,11 @@ def report(results, out):
     titles["colour"] = "distance to the label colour"
     tables = {title: results[key] for key, title in titles.items() if results[key]}
     for title, rows in tables.items():
-        print_table(title, rows)
+        print(f"\n{title}")
+        for row in [dict(zip(rows[0], rows[0])), *rows]:  # the names of the columns first
+            label, name, *values = [f"{v:.4g}" if isinstance(v, float) else v for v in row.values()]
+            cells = [f"{value:>{max(8, len(key))}}" for key, value in zip([*row][2:], values)]
+            print(f"{label:10} {name:18}", *cells)
     for mark, text in MARKS.items():
         if any(mark in row["marks"] for row in results["own"] + results["all"]):
             print(mark, text)
@@ -626,8 +591,7 @@ def parse():
     p = argparse.ArgumentParser(description="How close generated images are to real ones.")
     add, device = p.add_argument, "cuda" if torch.cuda.is_available() else "cpu"
     sets = "folder, packed folder, .npz, letters or paintings, perhaps with :train or :validation"
-    kinds = "auto: inception if its weights are there, else letters for sets of capital letters, "
-    kinds += "else paintings; none: colours only (default auto)"
+    kinds = "default: inception if its weights are there, else letters or paintings; none: colours"
     add("--real", required=True, metavar="SET", help=sets)
     add("--fake", required=True, nargs="+", metavar="[NAME=]SET", help="one or more sets")
     add("--per-label", action="store_true", help="also compare every label by itself")
@@ -638,8 +602,7 @@ def parse():
     add("--size", type=int, help="pixels per side of all images (default 256; letters 32)")
     add("--batch", type=int, default=32, help="images at a time (default 32)")
     add("--device", default=device, help=f"cuda, mps or cpu (default {device})")
-    out = Path("runs/evaluation")
-    add("--out", type=Path, default=out, help=f"folder for the results (default {out})")
+    add("--out", type=Path, default="runs/evaluation", help="folder (default runs/evaluation)")
     return p.parse_args()
 
 

@@ -1,7 +1,7 @@
 """Data for those who have none: abstract pictures of a given colour, and letters from fonts.
 
-Nothing here is part of the thesis. Its paintings are a private selection, so `paint` makes pictures
-that take their place. `letters_from_fonts` makes a set like the Kaggle letters of section 4.2.1.
+Nothing here is part of the thesis. Its paintings are a private selection; `paint` makes pictures in
+their place. `letters_from_fonts` makes a set like the Kaggle letters of section 4.2.1.
 """
 
 import csv
@@ -50,12 +50,8 @@ def paint(rng, size, colour, to_lab, fits):
     picture = Image.fromarray(easel.finished()).transform(
         (size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
     )
-    return tinted(np.asarray(picture), colour, fits)
-
-
-def tinted(picture, colour, fits):
-    """`picture` with the weakest tint of `colour` after which it fits. Arrays (H, W, 3) uint8."""
-    thumbnail = picture[::4, ::4].astype(np.float32)
+    # the weakest tint of the colour after which the picture fits
+    thumbnail = np.asarray(picture)[::4, ::4].astype(np.float32)
     tint = np.array(colour) - thumbnail.mean((0, 1))
     for strength in np.linspace(0, 1, 21):
         if fits(np.clip(thumbnail + strength * tint, 0, 255).astype(np.uint8)):
@@ -74,7 +70,7 @@ class Easel:
     """A canvas of n x n pixels, the colours for it, and the ways to put them on it.
 
     Positions x and y run from -1 to 1. `canvas` (n, n, 4) holds RGB and the height of the paint.
-    A probability `accent` says how often a stroke takes an accent colour.
+    `accent` is the probability that a stroke takes an accent colour.
     """
 
     def __init__(self, rng, n, colour, to_lab):
@@ -91,26 +87,25 @@ class Easel:
         pigments = np.array(list(PIGMENTS.values()), np.float32)
         self.mixtures = shades + share * (rng.choice(pigments, 6) - shades)
         # accents: pigments; the farther one is from the colour, the likelier
-        distance = to_lab(pigments) - to_lab(np.array([colour], np.float64))
-        distance = np.linalg.norm(distance, axis=-1)
-        share = distance / distance.sum()
-        self.accents = rng.choice(pigments, rng.integers(2, 5), replace=False, p=share)
+        difference = to_lab(pigments) - to_lab(np.array([colour], np.float64))
+        distance = np.linalg.norm(difference, axis=-1)
+        count, share = rng.integers(2, 5), distance / distance.sum()
+        self.accents = rng.choice(pigments, count, replace=False, p=share)
 
     def colour(self, accent):
-        """An accent with that probability, else something between two mixtures."""
+        """An accent colour with the probability `accent`, else a colour between two mixtures."""
         if self.rng.uniform() < accent:
             return self.rng.choice(self.accents)
         a, b = self.rng.choice(self.mixtures, 2)
         return a + (b - a) * self.rng.uniform()
 
     def noise(self, across, down=None, shape=None):
-        """Smooth noise of `across` x `down` cells, about 0 to 1. shape: (H, W), or the canvas's."""
+        """Smooth noise of `across` x `down` cells, about 0 to 1. shape: (H, W), else the canvas."""
         height, width = shape or (self.n, self.n)
         across, down = int(across), int(down or across)
         cells = self.rng.uniform(0, 1, (down + 2, across + 2)).astype(np.float32)
-        box = (0.5, 0.5, across + 1.5, down + 1.5)
-        small = Image.fromarray(cells)
-        return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC, box))
+        cells, box = Image.fromarray(cells), (0.5, 0.5, across + 1.5, down + 1.5)
+        return np.asarray(cells.resize((width, height), Image.Resampling.BICUBIC, box))
 
     def cloud(self, cells, octaves=4):
         """Noise with details: each octave has twice the cells and half the strength."""
@@ -156,8 +151,6 @@ class Easel:
         light[1:, 1:] = height[1:, 1:] - height[:-1, :-1]
         return np.clip(self.canvas[..., :3] + 60 * light[..., None], 0, 255).astype(np.uint8)
 
-    # ---------------------------------------------------------------------------- grounds
-
     def ground(self, contrast=1.0):
         """A brushed ground: streaks in one direction over clouds."""
         rng = self.rng
@@ -199,8 +192,6 @@ class Easel:
         self.canvas[..., :3] += (30 * np.sin(2 * along) + 26 * (hair - 0.5))[..., None]
         self.canvas[..., 3] = hair
 
-    # ---------------------------------------------------------------------------- strokes
-
     def stroke(self, x, y, radius, start, sweep, width, colour, dry):
         """A brush along an arc around (x, y), in radians. Its bristles run dry one by one."""
         ends = start + sweep * np.linspace(0, 1, 24)
@@ -235,26 +226,6 @@ class Easel:
         colour, dry = self.colour(accent), rng.uniform(0.3, 1.3)
         self.stroke(x, y, radius, angle - sweep / 2, sweep, width, colour, dry)
 
-    def field(self, x, y, half_width, half_height, colour, soft, opacity):
-        """A rectangle of thin paint with soft edges."""
-        wash = self.cloud(3)
-        edge = np.minimum(half_width - np.abs(self.x - x), half_height - np.abs(self.y - y))
-        edge = edge + 0.12 * (self.cloud(5, 3) - 0.5)
-        alpha = smooth(0, soft, edge) * opacity * (0.75 + 0.4 * wash)
-        self.lay(colour + 60 * (wash[..., None] - 0.5), alpha, wash)
-
-    def blob(self, x, y, size, colour, soft):
-        """A rounded shape of brushed paint."""
-        w = self.window(x - 1.7 * size, y - 1.7 * size, x + 1.7 * size, y + 1.7 * size)
-        dx, dy = self.x[w] - np.float32(x), self.y[w] - np.float32(y)
-        angle, edge = np.arctan2(dy, dx), 1 - np.hypot(dx, dy) / np.float32(size)
-        for k in (1, 2, 3, 5):
-            wave = np.float32(self.rng.normal(0, 0.25 / k))
-            edge += wave * np.cos(k * angle + np.float32(self.rng.uniform(0, 6.3)))
-        hair = self.noise(3, 40 * size + 3, shape=dx.shape)
-        alpha = smooth(0, soft / size, edge + 0.1 * (hair - 0.5))
-        self.lay(colour + 45 * (hair[..., None] - 0.5), alpha, 0.8 + 0.7 * hair, w)
-
     def splatter(self, drops):
         """Thrown paint: many drops of two colours, a few of them large."""
         rng, colours = self.rng, [self.colour(0.5), self.colour(0.5)]
@@ -270,12 +241,11 @@ class Easel:
         """Threads of thrown paint, thick where the hand was slow."""
         rng, t, shapes = self.rng, np.linspace(0, 2 * np.pi, 140), []
         for _ in range(threads):
-            place = rng.uniform(-0.9, 0.9, (2, 1))
-            waves = [
-                rng.normal(0, 0.8 / k, (2, 1)) * np.sin(k * t + rng.uniform(0, 6.3, (2, 1)))
-                for k in (1, 2, 3, 5)
-            ]
-            path = (place + sum(waves)).T
+            place, waves = rng.uniform(-0.9, 0.9, (2, 1)), 0
+            for k in (1, 2, 3, 5):
+                amplitude, phase = rng.normal(0, 0.8 / k, (2, 1)), rng.uniform(0, 6.3, (2, 1))
+                waves = waves + amplitude * np.sin(k * t + phase)
+            path = (place + waves).T
             mean = rng.uniform(0.3, 1.5) * width
             thickness = mean * np.exp(3 * self.noise(12, 1, shape=(1, 140))[0] - 1.5)
             colour = self.colour(accent)
@@ -297,9 +267,6 @@ def cut(polygon, point, angle):
     return [np.array(half) for half in halves if len(half) > 2]
 
 
-# ------------------------------------------------------------------------------- compositions
-
-
 def gestures(easel, rng):
     easel.ground()
     for reach in np.sort(rng.uniform(0.4, 1.9, rng.integers(8, 24)))[::-1]:
@@ -311,11 +278,15 @@ def gestures(easel, rng):
 def soft_fields(easel, rng):
     easel.ground(0.35)
     edges = np.cumsum([-0.9, *1.8 * rng.dirichlet(np.full(rng.integers(2, 5), 2.5))])
-    for top, bottom in zip(edges, edges[1:]):
+    for top, bottom in zip(edges, edges[1:]):  # rectangles of thin paint
         for soft in (0.25, 0.08):
             x, y, half_height = rng.normal(0, 0.02), (top + bottom) / 2, (bottom - top) / 2 - 0.02
             half_width, colour = rng.uniform(0.7, 0.85), easel.colour(0.45)
-            easel.field(x, y, half_width, half_height, colour, soft, rng.uniform(0.5, 0.95))
+            opacity, wash = rng.uniform(0.5, 0.95), easel.cloud(3)
+            edge = np.minimum(half_width - np.abs(easel.x - x), half_height - np.abs(easel.y - y))
+            alpha = smooth(0, soft, edge + 0.12 * (easel.cloud(5, 3) - 0.5))
+            alpha = alpha * opacity * (0.75 + 0.4 * wash)
+            easel.lay(colour + 60 * (wash[..., None] - 0.5), alpha, wash)
 
 
 def shards(easel, rng):
@@ -359,8 +330,17 @@ def shapes(easel, rng):
     else:
         easel.marble(easel.mixtures[1:4], 0.7)
     for size in np.sort(rng.uniform(0.04, 0.5, rng.integers(6, 18)))[::-1]:
-        x, y = rng.uniform(-0.9, 0.9, 2)
-        easel.blob(x, y, size, easel.colour(0.35), rng.choice([0.01, 0.01, 0.15]))
+        x, y = rng.uniform(-0.9, 0.9, 2)  # rounded shapes of brushed paint
+        colour, soft = easel.colour(0.35), rng.choice([0.01, 0.01, 0.15])
+        w = easel.window(x - 1.7 * size, y - 1.7 * size, x + 1.7 * size, y + 1.7 * size)
+        dx, dy = easel.x[w] - np.float32(x), easel.y[w] - np.float32(y)
+        angle, edge = np.arctan2(dy, dx), 1 - np.hypot(dx, dy) / np.float32(size)
+        for k in (1, 2, 3, 5):
+            wave = np.float32(rng.normal(0, 0.25 / k))
+            edge += wave * np.cos(k * angle + np.float32(rng.uniform(0, 6.3)))
+        hair = easel.noise(3, 40 * size + 3, shape=dx.shape)
+        alpha = smooth(0, soft / size, edge + 0.1 * (hair - 0.5))
+        easel.lay(colour + 45 * (hair[..., None] - 0.5), alpha, 0.8 + 0.7 * hair, w)
     easel.drips(rng.integers(0, 5), 0.7, 0.004)
 
 
@@ -386,9 +366,9 @@ FONT_SUFFIXES = {".ttf", ".otf", ".ttc", ".otc", ".pfb"}
 def letters_from_fonts(fonts, folder):
     """4.2.1: render A to Z of every font below `fonts` to folder/A/<n>.png and so on.
 
-    folder/fonts.csv says which font is number n, and why a font was left out. Returns a Counter of
-    these reasons; "" counts the fonts that were used. Raises ValueError if there are none. Both
-    arguments are Paths.
+    folder/fonts.csv says which font has the number n, and why a font is left out. `fonts` and
+    `folder` are Paths. Returns a Counter of these reasons; "" counts the fonts that are used.
+    Raises ValueError if there are none.
     """
     files = sorted(f for f in fonts.rglob("*") if f.suffix.lower() in FONT_SUFFIXES)
     rows, first, reasons = [("n", "file", "rejected")], {}, Counter()

@@ -6,7 +6,7 @@
     python plots.py losses runs/letters     the loss chart of a training run (5.2)
     python plots.py rows LDM=DIR GAN=DIR    chosen images of several models (fig. 5.8)
 
-Pictures are made with Pillow alone. A set is a name or path that `data.open_set` understands.
+Only Pillow draws. A set is a name or a path, as for `data.open_set`.
 """
 
 import argparse
@@ -17,22 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from data import (
-    COLOURS,
-    UserError,
-    fit,
-    open_set,
-    picture_name,
-    relabel,
-    run_program,
-    transition_report,
-    whole_file,
-)
+import data
+from data import COLOURS, UserError, label_distances, mean_colour, nearest_colour
 from unet import timestep_embedding
 
 INK, PAPER, RULE, GREY = (40, 40, 44), (255, 255, 255), (225, 225, 228), (150, 150, 156)
 PALETTE = [(31, 98, 180), (214, 93, 14), (54, 140, 66), (150, 60, 160)]
+font = ImageFont.load_default
 LEFT, RIGHT, TOP = 148, 1760, 88  # the edges of a chart's plot, in pixels, at twice its size
 
 # --------------------------------------------------------------------------------------------------
@@ -40,17 +33,11 @@ LEFT, RIGHT, TOP = 148, 1760, 88  # the edges of a chart's plot, in pixels, at t
 # --------------------------------------------------------------------------------------------------
 
 
-def font(size):
-    return ImageFont.load_default(size)
-
-
 def grid(images, columns, names=None, scale=1, gap=2):
-    """Images (N, H, W, 3) uint8 row by row as one picture. names: for the left of every row."""
+    """Images (N, H, W, 3) uint8 row by row as one picture. names: left of the rows."""
     height, width = (scale * side for side in images.shape[1:3])
-    rows, margin = -(-len(images) // columns), 0
-    if names:
-        text = font(min(18, max(11, height // 3)))
-        margin = 12 + int(max(text.getlength(name) for name in names))
+    rows, text = -(-len(images) // columns), font(min(18, max(11, height // 3)))
+    margin = 12 + int(max(text.getlength(name) for name in names)) if names else 0
     size = (margin + columns * (width + gap) + gap, rows * (height + gap) + gap)
     picture = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(picture)
@@ -65,7 +52,7 @@ def grid(images, columns, names=None, scale=1, gap=2):
 
 
 def join(pictures, columns=1, titles=None):
-    """Pictures in rows of `columns` as one picture, each below its title."""
+    """Pictures row by row as one picture, each below its title."""
     columns, top = min(columns, len(pictures)), 24 if titles else 0
     width = max(picture.width for picture in pictures)
     height = max(picture.height for picture in pictures) + top
@@ -81,7 +68,7 @@ def join(pictures, columns=1, titles=None):
 
 def save(picture, path):
     """Write a picture, or a list of pictures as a film (GIF) that rests at its end and repeats."""
-    with whole_file(path) as temporary:
+    with data.whole_file(path) as temporary:
         if isinstance(picture, list):
             first, *others = picture
             times = [70] * len(others) + [2500]  # milliseconds
@@ -98,9 +85,9 @@ def save(picture, path):
 def frame(height, title, names, mark, low, high, scale=float):
     """The frame of a chart: title, legend, and the ticks of the y axis from `low` to `high`.
 
-    It has twice the final size, which makes lines smooth. names: for the legend, with marks of
-    `mark` pixels; scale: of the y axis, `float` or `np.log10`. Returns the picture, its pen, the
-    colour of every name, and a function that maps a value to its y.
+    It has twice its final size: `reduce` then makes smooth lines. names: in the legend, each with
+    a mark of `mark` pixels; scale: of the y axis, `float` or `np.log10`.
+    Returns the picture, its pen, the colour of every name, and the function from a value to its y.
     """
     picture = Image.new("RGB", (1800, 2 * height), PAPER)
     pen, bottom = ImageDraw.Draw(picture), 2 * height - 104
@@ -127,57 +114,48 @@ def chart(lines, title, x_label, y_label):
     lines: name -> list of pieces (xs, ys). Pieces are not connected, so an interruption is a gap.
     Values that are not above 0, or not finite, are left out.
     """
-
-    def drawable(piece):
-        piece = np.array(piece, float)  # (2, n)
-        return piece[:, (piece[1] > 0) & np.isfinite(piece[1])]
-
-    lines = {name: [drawable(piece) for piece in pieces] for name, pieces in lines.items()}
-    points = np.hstack(
-        [np.empty((2, 0)), *(piece for pieces in lines.values() for piece in pieces)]
-    )
-    xs, ys = points if points.size else np.ones((2, 1))  # an empty chart
-    low, high, x_max = ys.min() * 10**-0.03, ys.max() * 10**0.03, max(xs.max(), 1)
+    lines = {
+        name: [[(x, y) for x, y in zip(*piece) if 0 < y < np.inf] for piece in pieces]
+        for name, pieces in lines.items()
+    }
+    xs, ys = zip(*sum(sum(lines.values(), []), []) or [(1, 1)])  # (1, 1): for an empty chart
+    low, high, x_max = min(ys) * 10**-0.03, max(ys) * 10**0.03, max(*xs, 1)
     picture, pen, colours, y = frame(460, title, list(lines), 6, low, high, np.log10)
-    bottom = y(low)
-
-    def x(value):
-        return LEFT + (RIGHT - LEFT) * value / x_max
-
+    bottom, unit = y(low), (RIGHT - LEFT) / x_max
     for tick in linear_ticks(x_max, 6):
-        pen.line((x(tick), bottom, x(tick), bottom + 8), INK, 2)
-        pen.text((x(tick), bottom + 28), f"{tick:,.0f}", INK, font(22), anchor="mm")
+        x = LEFT + unit * tick
+        pen.line((x, bottom, x, bottom + 8), INK, 2)
+        pen.text((x, bottom + 28), f"{tick:,.0f}", INK, font(22), anchor="mm")
     for name, pieces in reversed(lines.items()):  # the first line is on top
         for piece in pieces:
-            points = [(x(a), y(b)) for a, b in piece.T]
-            if len(points) == 1:
-                pen.circle(points[0], 6, colours[name])
-            else:
-                pen.line(points, colours[name], 4, joint="curve")
+            places = [(LEFT + unit * a, y(b)) for a, b in piece]
+            pen.line(places, colours[name], 4, joint="curve")
+            if len(places) == 1:
+                pen.circle(places[0], 6, colours[name])
     pen.line((LEFT, TOP, LEFT, bottom, RIGHT, bottom), INK, 2)
     pen.text((RIGHT, bottom + 72), x_label, INK, font(24), anchor="rm")
     pen.text((LEFT, TOP - 16), y_label, INK, font(22), anchor="lm")
-    return picture.resize((900, picture.height // 2), Image.Resampling.LANCZOS)
+    return picture.reduce(2)
 
 
-def bars(rows, value, title, error=None):
+def bars(rows, value, title):
     """Figures 4.3 and 5.5 to 5.7: a bar chart with one group of bars per label, one bar per set.
 
-    rows: dicts with "label", "set", and the numbers `value` and perhaps `error`. A value that is
-    NaN has no bar, an error that is NaN no line.
+    rows: dicts with "label", "set", the number `value`, and perhaps its standard error, named
+    `value`_error. A value that is NaN has no bar, an error that is NaN no line.
     """
     rows = [row for row in rows if np.isfinite(row[value])]
-    errors = [np.nan_to_num(row[error]) if error else 0.0 for row in rows]
+    errors = [np.nan_to_num(row.get(f"{value}_error", 0.0)) for row in rows]
     labels, sets = (list(dict.fromkeys(row[key] for row in rows)) for key in ("label", "set"))
-    high = 1.08 * max([row[value] + e for row, e in zip(rows, errors)] + [1e-9])
+    high = 1.08 * max([row[value] + error for row, error in zip(rows, errors)] + [1e-9])
     picture, pen, colours, y = frame(350, title, sets, 22, 0, high)
     bottom, step = y(0), (RIGHT - LEFT) / max(1, len(labels))
     width = min(0.8 * step / max(1, len(sets)), 128)
-    for row, e in zip(rows, errors):
+    for row, error in zip(rows, errors):
         place = labels.index(row["label"]) + 0.5, sets.index(row["set"]) - len(sets) / 2
         x, top = LEFT + step * place[0] + width * place[1], y(max(0, row[value]))
         pen.rectangle((x + 2, min(top, bottom - 2), x + width - 2, bottom), colours[row["set"]])
-        middle, reach = x + width / 2, bottom - y(e)
+        middle, reach = x + width / 2, bottom - y(error)
         if reach:
             pen.line((middle, top - reach, middle, min(bottom, top + reach)), INK, 2)
         if width > 48:
@@ -190,14 +168,15 @@ def bars(rows, value, title, error=None):
             pen.circle((edge - 26, bottom + 32), 10, COLOURS[label], outline=INK)
         pen.text((x, bottom + 32), label, INK, font(24), anchor="mm")
     pen.line((LEFT, bottom, RIGHT, bottom), INK, 2)
-    return picture.resize((900, picture.height // 2), Image.Resampling.LANCZOS)
+    return picture.reduce(2)
 
 
 def log_ticks(low, high):
     """Ticks 1, 2, 5 x 10^k from `low` to `high`; finer ones if these are fewer than three."""
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), np.arange(10, 100) / 10):
-        ticks = [step * 10.0**k for k in decades for step in steps if low <= step * 10.0**k <= high]
+        ticks = np.outer(decades, steps).flatten()
+        ticks = ticks[(low <= ticks) & (ticks <= high)]
         if len(ticks) >= 3:
             break
     return ticks
@@ -218,13 +197,9 @@ def log_rows(path):
 
 def draw_losses(rows, path, loss_name=""):
     """5.2: the training and validation losses in the rows of a log.csv; interruptions are gaps."""
-    names = {
-        "train_loss": "training",
-        "validation_loss": "validation",
-        "validation_loss_ema": "validation, averaged weights",
-    }
-    lines = {}
-    for column, name in names.items():
+    lines = {"training": "train_loss", "validation": "validation_loss"}
+    lines["validation, averaged weights"] = "validation_loss_ema"
+    for name, column in lines.items():
         runs = {}  # points per run; a run ends at an interruption
         for row in rows:
             if row[column]:
@@ -240,41 +215,42 @@ def draw_losses(rows, path, loss_name=""):
 # --------------------------------------------------------------------------------------------------
 
 
-def thumbnails(images, rows, columns, side=96):
-    """The images `rows` of a set, then white ones: (columns, side, side, 3)."""
-    row = np.full((columns, side, side, 3), 255, np.uint8)
-    for place, i in enumerate(rows):
-        row[place] = fit(images[i], side)
-    return row
+def picture_rows(rows, count, side=96):
+    """A grid with one row per (name, images, numbers): `count` of the numbers, evenly picked."""
+    tiles = np.full((len(rows), count, side, side, 3), 255, np.uint8)
+    for row, (_, images, numbers) in zip(tiles, rows):
+        picked = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)
+        for tile, i in zip(row, numbers[picked]):
+            tile[:] = data.fit(images[i], side)
+    return grid(tiles.reshape(-1, side, side, 3), count, [name for name, _, _ in rows])
 
 
-def evenly(rows, count):
-    """`count` of the rows, or all if there are fewer, at equal distances."""
-    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+def relabel(images):
+    """4.2.2, the re-clustering: the label of every image by the RGB rule and by the LAB rule.
 
-
-def contact_sheet(data, each=8):
-    """Figures 4.1 and 4.4: one row per label with `each` of its images, evenly picked."""
-    side = min(96, *data.images[0].shape[:2])
-    images = []
-    for label in range(len(data.classes)):
-        rows = evenly(np.flatnonzero(data.labels == label), each)
-        images.append(thumbnails(data.images, rows, each, side))
-    return grid(np.concatenate(images), each, data.classes)
-
-
-def worst_mismatches(images, rgb, lab, excess, rows=8, columns=8):
-    """Figure 4.2: a row for each of the most frequent changes of label from RGB to LAB.
-
-    It shows the images whose RGB label fits worst. rgb, lab, excess: from `data.relabel(images)`.
+    images: (N, H, W, 3) uint8. Returns (rgb, lab, excess), each (N,). excess: how much farther, in
+    Delta-E, the RGB label is than the LAB label.
     """
-    changed, shown, names = rgb != lab, [], []
-    for (a, b), _ in Counter(zip(rgb[changed].tolist(), lab[changed].tolist())).most_common(rows):
-        which = np.flatnonzero((rgb == a) & (lab == b))
-        worst = which[np.argsort(-excess[which], kind="stable")][:columns]
-        shown.append(thumbnails(images, worst, columns))
-        names.append(f"{list(COLOURS)[a]} > {list(COLOURS)[b]}")
-    return grid(np.concatenate(shown), columns, names)
+    means = data.threaded(lambda image: (mean_colour(image), mean_colour(image, "lab")), images)
+    means = list(tqdm(means, "mean colours", len(images), unit="image", disable=None))
+    in_rgb, in_lab = np.swapaxes(means, 0, 1)  # (N, 3) each
+    rgb, lab = nearest_colour(in_rgb), nearest_colour(in_lab, "lab")
+    distances, rows = label_distances(in_lab, "lab"), np.arange(len(images))
+    return rgb, lab, distances[rows, rgb] - distances[rows, lab]
+
+
+def transition_report(rgb, lab):
+    """Both histograms, and how many images went from which RGB label to which LAB label."""
+    table = np.bincount(8 * rgb + lab, minlength=64).reshape(8, 8)
+    lines = [f"{'RGB':>22}{'LAB':>16}"]
+    for name, a, b in zip(COLOURS, table.sum(1), table.sum(0)):
+        lines.append(f"{name:8}{a:7,} {a / len(rgb):7.1%}{b:8,} {b / len(rgb):7.1%}")
+    changed = f"{(rgb != lab).mean():.1%} of {len(rgb):,} labels"
+    lines += [f"the LAB rule changes {changed}; from RGB (row) to LAB (column):", ""]
+    lines.append(" " * 8 + "".join(f"{name:>8}" for name in COLOURS))
+    for name, row in zip(COLOURS, table):
+        lines.append(f"{name:8}" + "".join(f"{count:8,}" for count in row))
+    return "\n".join(lines)
 
 
 def time_embedding(steps, dim, scale=8):
@@ -286,19 +262,21 @@ def time_embedding(steps, dim, scale=8):
     pe = timestep_embedding(torch.arange(steps), dim).T.numpy()[..., None]  # (dim, steps, 1)
     ends = np.where(pe > 0, np.float32([214, 93, 14]), np.float32([31, 98, 180]))
     table = Image.fromarray((255 + np.abs(pe) * (ends - 255)).round().astype(np.uint8))
-    width, height, left, top, text = steps * scale, dim * scale, 64, 34, font(15)
-    picture = Image.new("RGB", (left + width + 20, top + height + 44), "white")
+    width, height, left, top = steps * scale, dim * scale, 64, 34
+    picture = Image.new("RGB", (left + width + 20, top + height + 44), PAPER)
     picture.paste(table.resize((width, height), Image.Resampling.NEAREST), (left, top))
-    pen = ImageDraw.Draw(picture)
-    title = f"Time embedding, {dim} entries: orange 1, white 0, blue -1"
-    pen.text((left, 17), title, "black", text, anchor="lm")
-    for name, half in (("cos", 0.25), ("sin", 0.75)):
-        pen.text((left - 10, top + half * height), name, "black", text, anchor="rm")
-    pen.line((left, top + height // 2, left + width, top + height // 2), "black", 2)
+    texts = [
+        (left, 17, f"Time embedding, {dim} entries: orange 1, white 0, blue -1", "lm"),
+        (left - 10, top + 0.25 * height, "cos", "rm"),
+        (left - 10, top + 0.75 * height, "sin", "rm"),
+        (left + width, top + height + 32, "time step t", "rm"),
+    ]
     for t in range(0, steps, max(1, steps // 8)):
-        place = (left + (t + 0.5) * scale, top + height + 14)
-        pen.text(place, str(t), "black", text, anchor="mm")
-    pen.text((left + width, top + height + 32), "time step t", "black", text, anchor="rm")
+        texts.append((left + (t + 0.5) * scale, top + height + 14, str(t), "mm"))
+    pen = ImageDraw.Draw(picture)
+    for x, y, text, anchor in texts:
+        pen.text((x, y), text, "black", font(15), anchor=anchor)
+    pen.line((left, top + height // 2, left + width, top + height // 2), "black", 2)
     return picture
 
 
@@ -310,66 +288,68 @@ def time_embedding(steps, dim, scale=8):
 def parse():
     parser = argparse.ArgumentParser(description="Figures that need no model.")
     commands = parser.add_subparsers(required=True)
-    p = commands.add_parser("sheet", help="some images of every label of a set (figs 4.1, 4.4)")
-    p.set_defaults(command=sheet_command)
-    p.add_argument("set", nargs="?", default="letters", help="as for training (default letters)")
-    p.add_argument("--each", type=int, default=8, help="images per label (default 8)")
-    p.add_argument("--size", type=int, help="open the set at this size (default: as it is)")
-    p.add_argument("--out", default="sheet.png", help="default sheet.png")
-    p = commands.add_parser("relabel", help="the two labelling rules compared (figs 4.2, 4.3)")
-    p.set_defaults(command=relabel_command)
-    p.add_argument("set", nargs="?", default="paintings", help="as for training (paintings)")
-    p.add_argument("--size", type=int, default=256, help="pixels per side (default 256)")
-    p.add_argument("--out", default="relabel", help="folder for the figures (default relabel)")
-    p = commands.add_parser("rows", help="images of several folders, one row each (fig. 5.8)")
-    p.set_defaults(command=rows_command)
-    p.add_argument("rows", nargs="+", metavar="NAME=DIR", help="name and folder of a row")
-    p.add_argument("--n", type=int, default=8, help="images per row, evenly picked (default 8)")
-    p.add_argument("--size", type=int, default=128, help="pixels per side of each (default 128)")
-    p.add_argument("--out", default="rows.png", help="default rows.png")
-    p = commands.add_parser("time", help="the table of time embeddings (fig. 4.5)")
-    p.set_defaults(command=time_command)
-    p.add_argument("--out", default="figures/figure_4_5.png", help="default figures/figure_4_5.png")
-    p = commands.add_parser("losses", help="the loss chart of a training run (5.2)")
-    p.set_defaults(command=losses_command)
-    p.add_argument("run", help="its folder, such as runs/letters")
-    p.add_argument("--out", default="loss.png", help="default loss.png")
+
+    def command(name, function, out, help):
+        p = commands.add_parser(name, help=help)
+        p.set_defaults(command=function)
+        p.add_argument("--out", default=out, help=f"default {out}")
+        return p.add_argument
+
+    add = command("sheet", sheet_command, "sheet.png", "some images per label (figs 4.1, 4.4)")
+    add("set", nargs="?", default="letters", help="as for training (default letters)")
+    add("--each", type=int, default=8, help="images per label (default 8)")
+    add("--size", type=int, help="open the set at this size (default: as it is)")
+    about = "the two labelling rules compared (figs 4.2, 4.3); --out is a folder"
+    add = command("relabel", relabel_command, "relabel", about)
+    add("set", nargs="?", default="paintings", help="as for training (default paintings)")
+    add("--size", type=int, default=256, help="pixels per side (default 256)")
+    add = command("rows", rows_command, "rows.png", "images of several folders (fig. 5.8)")
+    add("rows", nargs="+", metavar="NAME=DIR", help="name and folder of a row")
+    add("--n", type=int, default=8, help="images per row, evenly picked (default 8)")
+    add("--size", type=int, default=128, help="pixels per side of each (default 128)")
+    command("time", time_command, "figures/figure_4_5.png", "table of time embeddings (fig. 4.5)")
+    add = command("losses", losses_command, "loss.png", "the loss chart of a training run (5.2)")
+    add("run", help="its folder, such as runs/letters")
     return parser.parse_args()
 
 
 def sheet_command(args):
-    save(contact_sheet(open_set(args.set, args.size, pack=False), args.each), args.out)
+    found = data.open_set(args.set, args.size, pack=False)
+    members = [np.flatnonzero(found.labels == label) for label in range(len(found.classes))]
+    rows = [(name, found.images, numbers) for name, numbers in zip(found.classes, members)]
+    save(picture_rows(rows, args.each, min(96, *found.images[0].shape[:2])), args.out)
 
 
 def relabel_command(args):
-    images = open_set(args.set, args.size, labels="rgb").images
+    images, out = data.open_set(args.set, args.size, labels="rgb").images, Path(args.out)
     if images.shape[3] == 1:
         raise UserError(f"{args.set}: its images are grey; the rules compare colours")
     rgb, lab, excess = relabel(images)
-    print(transition_report(rgb, lab, list(COLOURS)))
+    print(transition_report(rgb, lab))
     rows = [
         {"label": label, "set": rule, "share": 100 * (labels == number).mean()}
         for rule, labels in (("RGB", rgb), ("LAB", lab))
         for number, label in enumerate(COLOURS)
     ]
-    title = f"Labels of {len(rgb):,} images, per cent"
-    save(bars(rows, "share", title), Path(args.out, "figure_4_3.png"))
-    if (rgb != lab).any():
-        picture = worst_mismatches(images, rgb, lab, excess)
-        save(picture, Path(args.out, "figure_4_2.png"))
+    save(bars(rows, "share", f"Labels of {len(rgb):,} images, per cent"), out / "figure_4_3.png")
+    rows, changes = [], Counter((a, b) for a, b in zip(rgb.tolist(), lab.tolist()) if a != b)
+    for (a, b), _ in changes.most_common(8):  # the 8 images whose RGB label fits worst
+        members = np.flatnonzero((rgb == a) & (lab == b))
+        worst = members[np.argsort(-excess[members], kind="stable")][:8]
+        rows.append((f"{list(COLOURS)[a]} > {list(COLOURS)[b]}", images, worst))
+    if rows:
+        save(picture_rows(rows, 8), out / "figure_4_2.png")
 
 
 def rows_command(args):
-    images, names = [], []
+    rows = []
     for item in args.rows:
         name, _, folder = item.partition("=")
         if not folder:
             raise UserError(f"{item}: expected NAME=DIR, such as LDM=samples/blue")
-        data = open_set(folder, args.size, pack=False)
-        rows = evenly(np.arange(len(data.images)), args.n)
-        images.append(thumbnails(data.images, rows, args.n, args.size))
-        names.append(name)
-    save(grid(np.concatenate(images), args.n, names), args.out)
+        images = data.open_set(folder, args.size, pack=False).images
+        rows.append((name, images, np.arange(len(images))))
+    save(picture_rows(rows, args.n, args.size), args.out)
 
 
 def time_command(args):
@@ -378,10 +358,9 @@ def time_command(args):
 
 def losses_command(args):
     log = Path(args.run, "log.csv")
-    if not log.exists():
-        raise UserError(f"{log}: no such file; a folder that train.py made has one")
-    if not (rows := log_rows(log)):
-        raise UserError(f"{log}: no losses in it yet")
+    rows = log_rows(log) if log.exists() else []
+    if not rows:
+        raise UserError(f"{log}: no such file, or no losses in it yet; train.py writes it")
     draw_losses(rows, args.out)
 
 
@@ -391,10 +370,10 @@ def main():
         if (value := getattr(args, name, None)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be {least} or more")
     if args.command is not relabel_command:  # its --out is a folder
-        picture_name(args.out)
+        data.picture_name(args.out)
     args.command(args)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    run_program(main)
+    data.run_program(main)

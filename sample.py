@@ -4,32 +4,28 @@
     python sample.py --run runs/letters --label A --n 16    sixteen times the letter A
     python sample.py --run runs/letters --grid              one row per label, the zero-label last
     python sample.py --run runs/letters --label R --strip   the denoising path; --gif: a film
-    python sample.py --run runs/ldm --per-label 64 --out samples     one folder per label
-    torchrun --nproc-per-node 2 -- sample.py --per-label 64 ...      the same by two processes
+    python sample.py --run runs/ldm --per-label 64          one folder per label; also with torchrun
     python sample.py --run runs/ldm --scales 1 2 5 15       grids at guidance scales, and a table
-    python sample.py --run runs/ldm --label blue --size 128          larger than in training
-    python sample.py --reconstruct paintings                what a first stage keeps of an image
+    python sample.py --reconstruct paintings                images through a first stage
 
-For a sampler, a model is a function `eps(x, t)`. Guidance and clipping wrap this function, so a
-sampler knows neither the network nor the label. Samplers are generators: after each step they
-yield (t, x_t, predicted x_0). The last x is the sample.
+For a sampler, a model is a function eps(x, t). Guidance and clipping wrap this function, so a
+sampler knows neither the network nor the label. A sampler is a generator: after each step it yields
+(t, x_t, predicted x_0). The last x_t is the sample.
 
 For other programs:  generate(load("runs/letters"), ["A", "B"])  returns uint8 images.
 """
 
 import argparse
 import json
-import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 import data
 from data import UserError, to_tensor, to_uint8, whole_file
@@ -53,10 +49,10 @@ def timesteps(T, S):
 def ddpm(eps, x, times, alpha_bar, noise, variance="beta_tilde", gradient=None, scale=1.0):
     """3.5.3, ancestral sampling:  x_{t-1} = mu_theta(x_t, t) + sigma_t xi  (E29).
 
-    On a subset of the time steps this is ancestral sampling of the shorter chain, whose beta are
-    1 - alpha_bar_t / alpha_bar_t'. times must end at 0. noise: function () -> standard normal
-    noise like x; variance: see `Diffusion.p_sample`; gradient: function (x, t) ->
-    grad log f(y | x_t, t), which shifts the mean `scale` times as in eq. 4.1 (corrected, E48).
+    A subset of the time steps is a shorter chain, with beta = 1 - alpha_bar_t / alpha_bar_t'.
+    times must end at 0. noise: function () -> standard normal noise like x; variance: see
+    `Diffusion.p_sample`; gradient: function (x, t) -> grad log f(y | x_t, t); `scale` times this
+    gradient shifts the mean, eq. 4.1 (corrected, E48).
     """
     kept = alpha_bar[times[::-1]]
     chain = Diffusion(1 - kept[1:] / kept[:-1])
@@ -76,9 +72,8 @@ def ddim_step(x, e, a, a_next, sigma=0.0):
     with x_0 = (x_t - sqrt(1 - a) eps) / sqrt(a). a, a': alpha_bar at t and t'. The caller adds the
     noise sigma xi. Returns (x_{t'}, x_0).
 
-    Divide by sqrt(a') at sigma = 0. With y = x / sqrt(a) and r = sqrt((1 - a) / a), the ratio of
-    noise to signal, the step reads y' = y + (r' - r) eps: Euler's method for dy/dr = eps. The PLMS
-    paper writes the same step without the difference of two roots.
+    At sigma = 0, let y = x / sqrt(a) and r = sqrt((1 - a) / a), the ratio of noise to signal. The
+    step is then y' = y + (r' - r) eps: Euler's method for dy/dr = eps.
     """
     x_0 = (x - (1 - a) ** 0.5 * e) / a**0.5
     return a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * e, x_0
@@ -99,40 +94,34 @@ def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
         yield t_next, x, x_0
 
 
+# Adams-Bashforth, orders 1 to 4: weights of the predictions, newest first; divide by their sum
+PLMS_WEIGHTS = (1,), (3, -1), (23, -16, 5), (55, -59, 37, -9)
+
+
 def plms(eps, x, times, alpha_bar):
     """4.6.1, PLMS ("PLSM" in the heading, E56): the DDIM transfer with an extrapolated eps'.
 
         eps' = (55 e_0 - 59 e_1 + 37 e_2 - 9 e_3) / 24          e_0 is the newest prediction
 
-    This is Adams-Bashforth of order 4. DDIM takes dy/dr = eps as constant over a step (see
-    `ddim_step`). PLMS draws a cubic through the last four eps, over the index of the step, and
-    takes its mean over the next step. The weights come from this integral and sum to 1.
+    DDIM takes dy/dr = eps as constant over a step (see `ddim_step`). PLMS draws a cubic through the
+    last four eps, over the index of the step, and takes its mean over the next step. Steps 2 and 3
+    have orders 2 and 3. The first step is improved Euler, as in the published sampler: it looks
+    ahead once, so S steps cost S + 1 evaluations.
 
-    The first step is improved Euler, then orders 2 and 3 follow, as in the published sampler. The
-    Euler step looks ahead once, so S steps cost S + 1 evaluations. The history holds the
-    predictions themselves, never eps'.
-
-    Looking ahead does harm where a' > sqrt(a): if the second evaluation predicts an x_0 that
+    Looking ahead does harm where a' > sqrt(a). If the second evaluation predicts an x_0 that
     differs by d from the first one, the mean of both eps moves x_{t'} by a' / (2 sqrt(a)) d. With
     50 steps this is 10 d for the cosine schedule (alpha_bar_T = 2e-9), 0.005 d for the linear one.
-    The first step is then plain DDIM. So is a single step: no step comes after it.
+    The first step is then plain DDIM. So is a single step.
     """
     history = []
     for t, t_next in zip(times, times[1:]):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
-        e = eps(x, t)
-        if not history and (len(times) == 2 or a_next > a**0.5):
-            e_prime = e
-        elif not history:
-            ahead, _ = ddim_step(x, e, a, a_next)
-            e_prime = (e + eps(ahead, t_next)) / 2
-        elif len(history) == 1:
-            e_prime = (3 * e - history[0]) / 2
-        elif len(history) == 2:
-            e_prime = (23 * e - 16 * history[0] + 5 * history[1]) / 12
-        else:
-            e_prime = (55 * e - 59 * history[0] + 37 * history[1] - 9 * history[2]) / 24
-        history = [e, *history[:2]]
+        history = [eps(x, t), *history[:3]]
+        weights = PLMS_WEIGHTS[len(history) - 1]
+        e_prime = sum(w * e for w, e in zip(weights, history)) / sum(weights)
+        if len(history) == 1 and len(times) > 2 and a_next <= a**0.5:
+            ahead, _ = ddim_step(x, e_prime, a, a_next)
+            e_prime = (e_prime + eps(ahead, t_next)) / 2
         x, x_0 = ddim_step(x, e_prime, a, a_next)
         yield t_next, x, x_0
 
@@ -143,9 +132,9 @@ def dpm(eps, x, times, alpha_bar):
         x_0' = x_0 + (x_0 - x_0_before) h / (2 h_before)
         h = lambda_t' - lambda_t,   lambda = 1/2 log(a / (1 - a))
 
-    PLMS extrapolates eps over the index of the step. This extrapolates x_0 over lambda, half the
-    logarithm of the signal-to-noise ratio. One evaluation per step. lambda is infinite at t = 0:
-    the step to t = 0 is plain DDIM.
+    PLMS extrapolates eps over the index of the step. This sampler extrapolates x_0 over lambda,
+    half the logarithm of the signal-to-noise ratio, with one evaluation per step. lambda is
+    infinite at t = 0, so the step to t = 0 is plain DDIM.
     """
     lam = (alpha_bar / (1 - alpha_bar)).log() / 2
     before = h_before = None
@@ -165,27 +154,22 @@ def dpm(eps, x, times, alpha_bar):
 # --------------------------------------------------------------------------------------------------
 
 
-def with_labels(model, y):
-    """eps(x, t) of a model for the labels y, (B,)."""
-    return lambda x, t: model.eps(x, t, y)
-
-
 def with_cfg(model, y, scale, guide_above=0.0):
-    """4.4.3, classifier-free guidance as eps(x, t); scale 1 or 0 costs one evaluation (E49).
+    """4.4.3, classifier-free guidance as eps(x, t) for the labels y, (B,).
 
-    Otherwise one batch holds both the zero-label and the label. guide_above: N; guidance is on
-    only while the noise sqrt((1 - alpha_bar_t) / alpha_bar_t) is above N, afterwards the scale is
-    1 (not in the thesis). If x_0 of label y is a Gaussian with mean m_y and deviation S, the mean
-    of the samples is then not m_0 + s (m_y - m_0) but
+    Scale 0 or 1 needs one evaluation (E49). Otherwise one batch holds the zero-label and the label.
+
+    guide_above: N (not in the thesis). Guidance is on while the noise sqrt((1 - alpha_bar_t) /
+    alpha_bar_t) is above N; then the scale is 1. Let x_0 of label y be a Gaussian with mean m_y and
+    deviation S. The mean of the samples is then not m_0 + s (m_y - m_0) but
 
         m_y + S / sqrt(S^2 + N^2) (s - 1) (m_y - m_0)
 
-    A large scale thus moves what varies most, the colour of the whole picture, and hardly any
-    single position.
+    So a large scale mostly moves directions of large deviation S, such as the mean colour.
     """
     zero = torch.full_like(y, model.zero_label)
     if scale in (0, 1):
-        return with_labels(model, y if scale else zero)
+        return lambda x, t: model.eps(x, t, y if scale else zero)
     labels, alpha_bar = torch.cat([zero, y]), model.diffusion.alpha_bar
 
     def eps(x, t):
@@ -201,7 +185,7 @@ def classifier_gradient(classifier, y):
     """4.4.2:  grad_{x_t} log f(y | x_t, t)  as a function of (x, t), for the labels y, (B,).
 
     The sum over the batch has the same gradient: the log f of an image depends on no other image.
-    No classifier knows the zero-label: its log f is 0 here, and so its gradient is 0.
+    No classifier knows the zero-label: here its log f is 0, and so is its gradient.
     """
 
     def gradient(x, t):
@@ -216,20 +200,6 @@ def classifier_gradient(classifier, y):
 def with_classifier(eps, gradient, scale, alpha_bar):
     """4.4.2, classifier guidance of the zero-label's eps (E48); scale 1 is Bayes' rule."""
     return lambda x, t: classifier_guided_eps(eps(x, t), alpha_bar[t].item(), gradient(x, t), scale)
-
-
-def in_bf16(function, device):
-    """function(x, t) under bf16 autocast; the sampler around it stays in float32.
-
-    Autocast must end with each call. A sampler is a generator: suspended inside autocast, it
-    would leave autocast on for the code that consumes it.
-    """
-
-    def call(x, t):
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            return function(x, t)
-
-    return call
 
 
 def with_clipping(eps, diffusion):
@@ -248,7 +218,7 @@ def with_clipping(eps, diffusion):
 
 
 class ImageNoise:
-    """5.1.1: standard normal noise, one generator per image: its batch does not matter."""
+    """5.1.1: standard normal noise. Each image has its own generator: its batch has no effect."""
 
     def __init__(self, seeds, shape, device):
         self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -276,35 +246,33 @@ def denoise(
     classifier=None,
     bf16=False,
 ):
-    """Run a sampler for the labels y (B,), one seed per image; yields (t, x, x_0) after each step.
+    """Run a sampler for the labels y, (B,), with one seed per image. Yields (t, x, x_0) per step.
 
-    steps: the number of steps, spread evenly, or a list of time steps; guide_above: see `with_cfg`,
-    by default that of the model; classifier: guides the zero-label, instead of the model's labels.
+    guide_above: see `with_cfg`; default: the model's value. classifier: with it, the classifier
+    guides (4.4.2), and the network sees only the zero-label.
     """
+    alpha_bar, device, gradient = model.diffusion.alpha_bar, model.device, None
     guide_above = model.guide_above if guide_above is None else guide_above
-    alpha_bar, device = model.diffusion.alpha_bar, model.device
-    times = steps if isinstance(steps, list) else timesteps(model.diffusion.T, steps)
-    noise = ImageNoise(seeds, model.shape, device)
-    y, gradient = torch.as_tensor(y, device=device), None
+    noise, y = ImageNoise(seeds, model.shape, device), torch.as_tensor(y, device=device)
     eps = with_cfg(model, y, 0 if classifier else scale, guide_above)
-    if classifier and scale:
+    if classifier:
         gradient = classifier_gradient(classifier, y)
-    if bf16:
-        eps, gradient = in_bf16(eps, device), gradient and in_bf16(gradient, device)
+    if bf16:  # per call: a generator that pauses inside autocast leaves it on for its reader
+        autocast = torch.autocast(device.type, torch.bfloat16)
+        eps, gradient = autocast(eps), gradient and autocast(gradient)
     if gradient and sampler != "ddpm":
         eps = with_classifier(eps, gradient, scale, alpha_bar)
     if clip:
         eps = with_clipping(eps, model.diffusion)
-    own = {"ddpm": (noise, "beta_tilde", gradient, scale), "ddim": (eta, noise)}
-    yield from SAMPLERS[sampler](eps, noise(), times, alpha_bar, *own.get(sampler, ()))
+    more = {"ddpm": (noise, "beta_tilde", gradient, scale), "ddim": (eta, noise)}.get(sampler, ())
+    times = timesteps(model.diffusion.T, steps)
+    yield from SAMPLERS[sampler](eps, noise(), times, alpha_bar, *more)
 
 
 def load(run=None, weights="ema", device="cpu", compile=False, kind="diffusion model"):
     """The model of a run folder or model file; default: runs/letters, else the project's own."""
-    own = ("runs/letters/model.pt", data.ASSETS / "letters.pt")
-    run = run or next((path for path in own if Path(path).exists()), None)
-    if run is None:
-        raise UserError("no model yet: python train.py --stage letters makes one in runs/letters")
+    trained = Path("runs/letters/model.pt")
+    run = run or (trained if trained.exists() else data.ASSETS / "letters.pt")
     model = load_model(run, weights, device)
     kinds = {"vqgan": "first stage", "classifier": "classifier"}
     found = kinds.get(model.stage, "diffusion model")
@@ -316,13 +284,12 @@ def load(run=None, weights="ema", device="cpu", compile=False, kind="diffusion m
 
 
 def load_classifier(run, model, weights="ema", compile=False):
-    """4.4.2: a classifier that guides `model`; UserError if it does not fit the model (E47)."""
-    classifier = load(run, weights, model.device, compile, "classifier")
-    same = (classifier.classes, classifier.shape) == (model.classes, model.shape)
-    same = same and torch.equal(classifier.diffusion.beta, model.diffusion.beta)
-    if not same or classifier.space != space_of(model):
+    """4.4.2: a classifier that guides `model`. UserError if it does not fit the model (E47)."""
+    guide = load(run, weights, model.device, compile, "classifier")
+    needed = model.classes, model.shape, space_of(model), model.diffusion.beta.tolist()
+    if (guide.classes, guide.shape, guide.space, guide.diffusion.beta.tolist()) != needed:
         raise UserError(f"{run}: labels, images or noise schedule are not those of the model (E47)")
-    return classifier
+    return guide
 
 
 def label_number(model, label):
@@ -330,25 +297,24 @@ def label_number(model, label):
     if isinstance(label, list | tuple | np.ndarray):
         return [label_number(model, one) for one in label]
     names = [*model.classes, "none"]
-    if isinstance(label, str):
-        found = [i for i, name in enumerate(names) if name == label]  # exactly so, else in any case
-        found += [i for i, name in enumerate(names) if name.lower() == label.lower()]
-        found += [i for i in range(len(names)) if str(i) == label]
-    else:
-        found = [i for i in range(len(names)) if i == label]
-    if not found:
+    numbers = {str(i): i for i in range(len(names))}
+    if isinstance(label, str):  # the exact name wins over the name in another case
+        numbers |= {name.lower(): i for i, name in enumerate(names)}
+        numbers |= {name: i for i, name in enumerate(names)}
+    number = numbers.get(str(label), numbers.get(str(label).lower()))
+    if number is None:
         raise UserError(f"unknown label {label!r}; expected a number or one of {', '.join(names)}")
-    return found[0]
+    return number
 
 
 @torch.no_grad()
 def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, progress=True, **more):
-    """`count` images per label, one label after the other, as (N, H, W, 3) uint8.
+    """`count` images per label, one label after the other: (N, H, W, 3) uint8.
 
     labels: one or a list, see `label_number`; for latent models each may be a list of labels.
-    seeds: one per image, default seed, seed + 1, ...; more: further arguments of `denoise`.
+    seeds: one per image; default: seed, seed + 1, ... more: further arguments of `denoise`.
     """
-    labels = [labels] if isinstance(labels, str) or np.ndim(labels) == 0 else labels
+    labels = [labels] if np.ndim(labels) == 0 else labels
     y = np.repeat([label_number(model, label) for label in labels], count, axis=0)
     seeds = seed + np.arange(len(y)) if seeds is None else seeds
     parts, images = [slice(i, i + batch) for i in range(0, len(y), batch)], []
@@ -358,6 +324,11 @@ def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, pro
                 bar.update()
             images.append(to_uint8(model.decode(x)))
     return np.concatenate(images)
+
+
+def tiles(images, columns, names=None, side=64):
+    """A grid of images. Smaller ones are enlarged by a whole factor, to at most `side` pixels."""
+    return grid(images, columns, names, max(1, side // images.shape[1]))
 
 
 def images_by_label(model, columns, seed=0, **more):
@@ -377,7 +348,7 @@ def draw_rows(images, classes):
 
 
 def draw_scales(model, columns, seed, scales, **more):
-    """Figures 5.1 to 5.4: a grid per guidance scale; prints the effect on colour and variety."""
+    """Figures 5.1 to 5.4: a grid per guidance scale. Prints colour distance and variety."""
     titles, pictures = [f"scale {scale:g}" for scale in scales], []
     print(f"{'':10}  colour distance  variety")
     for scale, title in zip(scales, titles):
@@ -389,76 +360,50 @@ def draw_scales(model, columns, seed, scales, **more):
     return join(pictures, 2, titles)
 
 
-def along_the_path(model, y, seeds, frames, steps=50, **more):
-    """The states (t, x, x_0) after `frames` evenly spaced steps of a sampler, the last included."""
+def along_the_path(model, y, seeds, frames, steps, **more):
+    """5.3.1: yields the images x_t and the predicted x_0 after `frames` evenly spaced steps."""
     chosen = np.linspace(0, steps - 1, min(frames, steps)).round()
-    path = denoise(model, y, seeds, steps=steps, **more)
-    return (state for i, state in enumerate(path) if i in chosen)
+    for i, (_, x, x_0) in enumerate(denoise(model, y, seeds, steps=steps, **more)):
+        if i in chosen:
+            yield to_uint8(model.decode(x)), to_uint8(model.decode(x_0))
 
 
-def animation(model, y, seeds, columns, frames=48, **more):
-    """5.3.1 as a film: a list of pictures, each a grid of the images x_t."""
-    scale, states = max(1, 64 // model.shape[1]), along_the_path(model, y, seeds, frames, **more)
-    return [grid(to_uint8(model.decode(x)), columns, scale=scale) for _, x, _ in states]
-
-
-def denoising_strip(model, y, seeds, frames=12, **more):
-    """5.3.1: a picture with two rows per image along the path: x_t, below it the predicted x_0."""
-    states = along_the_path(model, y, seeds, frames, **more)
-    images = [[to_uint8(model.decode(z)) for z in (x, x_0)] for _, x, x_0 in states]
-    images = np.array(images).transpose(2, 1, 0, 3, 4, 5)  # (B, 2, frames, H, W, 3)
-    rows, scale = images.reshape(-1, *images.shape[3:]), max(1, 64 // images.shape[3])
-    return grid(rows, images.shape[2], ["x_t", "x_0"] * len(y), scale)
-
-
-# --------------------------------------------------------------------------------------------------
-# 5.1.1  Many images per label
-# --------------------------------------------------------------------------------------------------
-
-
-def write_many(model, folder, labels, seeds, batch, **settings):
-    """5.1.1: one file folder/<label>/<seed>.png per label and seed. Returns how many were made.
+def write_many(model, folder, labels, seeds, batch, settings):
+    """5.1.1: one file folder/<label>/<seed>.png per label and seed.
 
     A file that exists is not made again, so an interrupted command can be repeated. Process r of R
-    (of torchrun) owns the pairs r, r + R, ... of label and seed.
+    (of torchrun) makes the files r, r + R, ...
     """
-    guide = settings["classifier"]
-    made_by = {"model": fingerprint(model, sorted(model.settings.items())), "shape": model.shape}
-    made_by["classifier"] = guide and fingerprint(guide)
+    guide, extra = settings["classifier"], (sorted(model.settings.items()), model.shape)
+    made_by = {"model": fingerprint(model, *extra), "classifier": guide and fingerprint(guide)}
     check_settings(folder, settings | made_by)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    pairs, names = [(label, seed) for seed in seeds for label in labels], [*model.classes, "none"]
-    files = [(*pair, folder / names[pair[0]] / f"{pair[1]:06d}.png") for pair in pairs[rank::world]]
-    missing = [file for file in files if not file[-1].exists()]
-    there = len(files) - len(missing)
-    with tqdm(total=len(files), initial=there, unit="image", disable=rank > 0 or None) as bar:
-        for i in range(0, len(missing), batch):
-            y, part_seeds, paths = zip(*missing[i : i + batch])
-            images = generate(model, y, part_seeds, batch=batch, progress=False, **settings)
-            for image, path in zip(images, paths):
-                save(Image.fromarray(image), path)
-                bar.update()
-    return len(missing)
+    folders = [folder / name for name in [*model.classes, "none"]]
+    files = [(y, seed, folders[y] / f"{seed:06d}.png") for seed in seeds for y in labels]
+    missing = [file for file in files[rank::world] if not file[2].exists()]
+    for i in trange(0, len(missing), batch, unit="batch", disable=rank > 0 or None):
+        y, part_seeds, paths = zip(*missing[i : i + batch])
+        images = generate(model, y, part_seeds, batch=batch, progress=False, **settings)
+        for image, path in zip(images, paths):
+            save(Image.fromarray(image), path)
+    print(f"{folder}: {len(missing)} new images")
 
 
 def check_settings(folder, settings):
-    """Write folder/settings.json; UserError if the folder was begun with other settings."""
-    file, text = folder / "settings.json", json.dumps(settings, indent=1)
-    names = [path.name for path in folder.glob("[!.]*")]
-    if names and file.name not in names:
-        raise UserError(f"{folder} is not an empty folder; name another with --out")
-    if not names:
+    """Write folder/settings.json. UserError if the folder was begun with other settings."""
+    file, there = folder / "settings.json", [path.name for path in folder.glob("[!.]*")]
+    if not there:
         with whole_file(file) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(json.dumps(settings, indent=1))
+    elif file.name not in there:
+        raise UserError(f"{folder} is not an empty folder; name another with --out")
     begun = json.loads(file.read_text())
-    for name, value in json.loads(text).items():
-        if begun.get(name) != value:
-            other = f"{name} {begun.get(name)}, not {value}"
-            raise UserError(f"{folder} was begun with {other}; name another with --out")
+    if other := [name for name in settings if settings[name] != begun.get(name)]:
+        raise UserError(f"{file}: begun with another {', '.join(other)}; give another --out")
 
 
 # --------------------------------------------------------------------------------------------------
-# 3.1, 4.4.7  What a first stage keeps of an image, and what it makes of noise
+# 3.1, 4.4.7  First stages: reconstructions, and decoded noise
 # --------------------------------------------------------------------------------------------------
 
 
@@ -466,8 +411,8 @@ def check_settings(folder, settings):
 def reconstruct(model, originals, batch=8):
     """4.4.7: decode(encode(x)) of images (N, H, W, 3) uint8.
 
-    Returns the reconstructions, alike in shape, and two lists, one value per image: the PSNR in
-    decibel and the L1 distance in [0, 1] of the 8-bit pictures.
+    Returns the reconstructions in the same form, and two lists with one value per image: the PSNR
+    in decibel, and the L1 distance in [0, 1] of the 8-bit pictures.
     """
     device, rebuilt = next(model.parameters()).device, []
     for i in tqdm(range(0, len(originals), batch), desc="reconstructing", disable=None):
@@ -476,19 +421,6 @@ def reconstruct(model, originals, batch=8):
     rebuilt = np.concatenate(rebuilt)
     x, x_r = to_tensor(originals), to_tensor(rebuilt)
     return rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
-
-
-@torch.no_grad()
-def prior_rows(model, size, columns, seed=0):
-    """3.1: two rows of images, uint8, decoded from z that no image was encoded to.
-
-    z ~ N(0, I) shows completeness: does every z mean something? A straight line from the first z to
-    the second shows continuity: do near z look alike?
-    """
-    side, device = size // model.factor, next(model.parameters()).device
-    z = ImageNoise(seed + np.arange(columns), (model.z_channels, side, side), device)()
-    s = torch.linspace(0, 1, columns, device=z.device)[:, None, None, None]
-    return to_uint8(torch.cat([model.decode(z), model.decode((1 - s) * z[0] + s * z[1])]))
 
 
 def open_first_stage(run, args, device):
@@ -501,7 +433,7 @@ def open_first_stage(run, args, device):
 
 
 def open_originals(files, size):
-    """Names and images of the files; of "paintings", one painting per colour to validate with."""
+    """Names and images of files. "paintings" stands for one validation painting per colour."""
     if files == ["paintings"]:
         paintings = data.open_set("paintings:validation", size)
         _, first = np.unique(paintings.labels, return_index=True)
@@ -526,9 +458,8 @@ def write_reconstructions(args, device):
     for name, p, e in [*zip(names, decibel, l1), ("mean", np.mean(decibel), np.mean(l1))]:
         print(f"{name:{max(map(len, names))}}  PSNR {p:5.2f} dB  L1 {e:.4f}")
     if out.suffix:
-        scale = max(1, 128 // size)
-        pairs = [(originals[i : i + 8], rebuilt[i : i + 8]) for i in range(0, len(rebuilt), 8)]
-        save(join([grid(np.concatenate(p), len(p[0]), ["x", "x_r"], scale) for p in pairs]), out)
+        parts = [(originals[i : i + 8], rebuilt[i : i + 8]) for i in range(0, len(rebuilt), 8)]
+        save(join([tiles(np.concatenate(p), len(p[0]), ["x", "x_r"], 128) for p in parts]), out)
     else:
         stems = [Path(name).stem for name in names]
         for i, (stem, image) in enumerate(zip(stems, rebuilt)):
@@ -537,19 +468,27 @@ def write_reconstructions(args, device):
     print(f"{out}: {len(rebuilt)} reconstructions")
 
 
-def draw_prior(args, device):
-    """--prior: the rows of `prior_rows` for each first stage."""
-    columns, images, names = args.n or 8, [], []
+@torch.no_grad()
+def write_prior(args, device):
+    """3.1, --prior: two rows of images per first stage, decoded from z without an encoder.
+
+    First row, z ~ N(0, I): does every z mean something (completeness)? Second row, z on the line
+    from the first z to the second: do near z look alike (continuity)?
+    """
+    columns, rows, names = args.n or 8, [], []
+    s = torch.linspace(0, 1, columns, device=device)[:, None, None, None]
     for run in args.prior:
         model, size = open_first_stage(run, args, device)
-        images.append(prior_rows(model, size, columns, args.seed))
+        shape = model.z_channels, size // model.factor, size // model.factor
+        z = ImageNoise(args.seed + np.arange(columns), shape, device)()
+        rows += [to_uint8(model.decode(x)) for x in (z, (1 - s) * z[0] + s * z[1])]
         kind = {"none": "AE", "kl": "VAE", "vq": "VQ"}[model.settings["bottleneck"]]
         names += [f"{kind} z", "line"]
-    if len({rows.shape for rows in images}) > 1:
+    if len({row.shape for row in rows}) > 1:
         raise UserError("--prior: the images of these runs differ in size; give one --size")
-    out, scale = Path(args.out or "prior.png"), max(1, 64 // images[0].shape[1])
-    save(grid(np.concatenate(images), columns, names, scale), out)
-    print(f"{out}: z ~ N(0, I) decoded, and a straight line between the first two z")
+    out = Path(args.out or "prior.png")
+    save(tiles(np.concatenate(rows), columns, names), out)
+    print(out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -592,13 +531,12 @@ def parse():
 
 
 def check(args):
-    """Raises UserError for numbers out of range, and for flags that would be ignored."""
+    """UserError for a number out of range, and for a flag that would have no effect."""
     least = dict.fromkeys(("n", "steps", "per_label", "size", "batch"), 1)
     least |= dict.fromkeys(("scale", "scales", "guide_above", "eta", "seed"), 0)
     for name, low in least.items():
-        values = getattr(args, name)
-        for value in values if isinstance(values, list) else [values]:
-            if value is not None and not low <= value < math.inf:
+        for value in np.ravel(getattr(args, name)):  # --scales is a list
+            if value is not None and not low <= value < np.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value:g}: expected {low} or more")
     suffix, guided = Path(args.out or "").suffix.lower(), args.guidance == "classifier"
     if args.out and not args.per_label and (suffix or not args.reconstruct):
@@ -610,8 +548,7 @@ def check(args):
         (args.classifier and not guided, "--classifier: only with --guidance classifier"),
         (args.guide_above is not None and guided, "--guide-above: not with --guidance classifier"),
         (args.label and all_labels, "--label: not with --grid, --scales or --text"),
-        (args.scales and args.n == 1, "--scales: the variety of a row needs --n 2 or more"),
-        (args.prior and args.n == 1, "--prior: a line between two z needs --n 2 or more"),
+        ((args.scales or args.prior) and args.n == 1, "--scales or --prior needs --n 2 or more"),
         (args.gif and args.out and suffix != ".gif", f"--out {args.out}: a film; end it with .gif"),
     ):
         if wrong:
@@ -621,7 +558,12 @@ def check(args):
 def open_models(args, device):
     """The diffusion model, and the settings for `denoise` with the classifier among them."""
     model = load(args.run, args.weights, device, args.compile)
-    if args.size and model.stage == "letters":
+    latent, T = model.stage == "ldm", model.diffusion.T
+    if args.steps > T:
+        raise UserError(f"--steps {args.steps}: expected 1 to {T}, as in training")
+    if args.clip and latent:
+        raise UserError("--clip: clamps pixels, and this model diffuses latents")
+    if args.size and not latent:
         raise UserError("--size: this model draws pixels, of the size it was trained with")
     if args.size:
         factor = model.first_stage.factor
@@ -629,13 +571,11 @@ def open_models(args, device):
         if args.size % multiple:
             raise UserError(f"--size {args.size}: expected a multiple of {multiple}")
         model.shape = model.shape[0], args.size // factor, args.size // factor
-    if args.steps > model.diffusion.T:
-        raise UserError(f"--steps {args.steps}: expected 1 to {model.diffusion.T}, as in training")
-    if args.clip and model.stage == "ldm":
-        raise UserError("--clip: clamps pixels, and this model diffuses latents")
-    above = model.guide_above if args.guide_above is None else args.guide_above
-    settings = {name: getattr(args, name) for name in ("sampler", "steps", "scale", "eta", "clip")}
-    settings |= {"guide_above": above, "bf16": args.precision == "bf16", "classifier": None}
+    if args.guide_above is None:
+        args.guide_above = model.guide_above
+    names = ("sampler", "steps", "scale", "guide_above", "eta", "clip")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"bf16": args.precision == "bf16", "classifier": None}
     if args.guidance == "classifier":
         run = args.classifier or "runs/classifier"
         settings["classifier"] = load_classifier(run, model, args.weights, args.compile)
@@ -643,63 +583,54 @@ def open_models(args, device):
 
 
 def write_samples(args, device):
-    """All that a diffusion model draws."""
+    """Everything that a diffusion model draws."""
     model, settings = open_models(args, device)
-    label = label_number(model, args.label) if args.label else None
-    unconditional = label == model.zero_label or args.grid or args.scales
-    guided = args.scale != 1 or settings["classifier"]
-    if model.settings["p_uncond"] == 0 and (guided or unconditional):
+    label = label_number(model, args.label or "none")
+    guided = args.scale != 1 or args.scales or args.guidance == "classifier"
+    if model.settings["p_uncond"] == 0 and (guided or args.grid or args.label == "none"):
         note = "this model never saw the zero-label; guidance and 'none' mean nothing"
         print(f"note: trained with p_uncond 0, {note}", file=sys.stderr)
-    start, made = time.perf_counter(), ""
     if args.per_label:
-        out = Path(args.out or "samples")
-        labels = range(len(model.classes)) if label is None else [label]
+        labels = [label] if args.label else range(len(model.classes))
         seeds = range(args.seed, args.seed + args.per_label)
-        try:
-            made = f"{write_many(model, out, labels, seeds, args.batch, **settings)} new images, "
-        except KeyboardInterrupt:
-            print(f"{out}: stopped; the same command goes on", file=sys.stderr)
-            raise
+        write_many(model, Path(args.out or "samples"), labels, seeds, args.batch, settings)
     else:
         picture, name = draw(model, args, label, settings)
-        out = Path(args.out or f"{name}.{'gif' if args.gif else 'png'}")
+        out = args.out or f"{name}.{'gif' if args.gif else 'png'}"
         save(picture, out)
-    print(f"{out}: {made}{args.sampler}, {time.perf_counter() - start:.1f} s")
+        print(out)
 
 
 def draw(model, args, label, settings):
     """The picture that the arguments ask for, and its default name."""
-    batched, columns = settings | {"batch": args.batch}, args.n or 8
+    batched, seed, columns = settings | {"batch": args.batch}, args.seed, args.n or 8
     if args.text is not None:
-        return draw_word(model, args.text, args.seed, **batched), args.text.replace(" ", "_")
+        letters, known = args.text.replace(" ", ""), {name.lower() for name in model.classes}
+        if not letters or not set(letters.lower()) <= known:
+            raise UserError(f"--text {args.text!r}: the model draws only {' '.join(model.classes)}")
+        images = generate(model, list(letters), seed=seed, **batched)
+        row = np.zeros((len(args.text), *images.shape[1:]), np.uint8)
+        row[[char != " " for char in args.text]] = images
+        return grid(row, len(row), scale=3, gap=0), args.text.replace(" ", "_")
     if args.grid:
-        images = images_by_label(model, columns, args.seed, **batched)
+        images = images_by_label(model, columns, seed, **batched)
         return draw_rows(images, model.classes), "grid"
     if args.scales:
-        return draw_scales(model, columns, args.seed, args.scales, **batched), "scales"
+        return draw_scales(model, columns, seed, args.scales, **batched), "scales"
     n = args.n or (32 if args.gif else 2 if args.strip else 16)
-    seeds, each = args.seed + np.arange(n), args.gif and label is None
-    label = model.zero_label if label is None else label
-    y = np.arange(n) % len(model.classes) if each else np.full(n, label)
-    name = "all" if each else [*model.classes, "none"][label]
+    seeds, columns = seed + np.arange(n), min(n, 8)
+    y, name = np.full(n, label), [*model.classes, "none"][label]
+    if args.gif and not args.label:
+        y, name = np.arange(n) % len(model.classes), "all"
     if args.gif:
-        return animation(model, y, seeds, min(n, 8), **settings), name
+        path = along_the_path(model, y, seeds, 48, **settings)
+        return [tiles(x_t, columns) for x_t, _ in path], name
     if args.strip:
-        return denoising_strip(model, y, seeds, **settings), f"{name}_strip"
-    images = generate(model, y, seeds, **batched)
-    return grid(images, min(n, 8), scale=max(1, 64 // images.shape[1])), name
-
-
-def draw_word(model, text, seed, **more):
-    """A word in one row, a blank for each space."""
-    letters, known = text.replace(" ", ""), {name.lower() for name in model.classes}
-    if not letters or not set(letters.lower()) <= known:
-        raise UserError(f"--text {text!r}: the model draws only {' '.join(model.classes)}")
-    images = generate(model, list(letters), seed=seed, **more)
-    blank, drawn = np.zeros_like(images[0]), iter(images)
-    row = np.stack([blank if char == " " else next(drawn) for char in text])
-    return grid(row, len(row), scale=3, gap=0)
+        path = np.array(list(along_the_path(model, y, seeds, 12, **settings)))
+        path = path.transpose(2, 1, 0, 3, 4, 5)  # (n, 2, frames, H, W, 3)
+        names = ["x_t", "x_0"] * n
+        return tiles(np.concatenate(np.concatenate(path)), path.shape[2], names), f"{name}_strip"
+    return tiles(generate(model, y, seeds, **batched), columns), name
 
 
 def main():
@@ -709,7 +640,7 @@ def main():
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     data.tune(data.check_device(device))
-    other = write_reconstructions if args.reconstruct else draw_prior if args.prior else None
+    other = write_reconstructions if args.reconstruct else write_prior if args.prior else None
     (other or write_samples)(args, device)
 
 

@@ -1321,45 +1321,40 @@ def train(name, typed, resume):
         progress, tensors = newest_checkpoint(out)
         if progress["stage"] != name:
             raise UserError(f"--stage {name}: the run in {out} has --stage {progress['stage']}")
-        settings = resumed_settings(Kind, progress["settings"], typed)
+        s = resumed_settings(Kind, progress["settings"], typed)
     else:
         if checkpoints(out) or (out / "model.pt").exists():
             raise UserError(f"{out} holds a run: --resume continues it, --out DIR begins another")
         progress = {"stage": name, "update": 0, "run": 0, "seconds": 0.0, "best": math.inf}
-        settings = new_settings(Kind, typed)
-    stage = STAGES[name](settings)
+        s = new_settings(Kind, typed)
+    stage = STAGES[name](s)
     players, fingerprint = stage.players(), stage.data.fingerprint()
     if progress.setdefault("data", fingerprint) != fingerprint:
-        raise UserError(f"--data {settings.data}: not the images with which this run began")
+        raise UserError(f"--data {s.data}: not the images with which this run began")
     if not resume:
         stage.start(resumed=False)
-    parallel(players, settings)
+    parallel(players, s)
     for player in players:
         player.parameters = [p for p in player.network.parameters() if p.requires_grad]
-        how = {"betas": player.betas, "weight_decay": settings.weight_decay, "fused": True}
-        player.optimizer = torch.optim.AdamW(player.parameters, settings.lr, **how)
-    ema = EMA(stage.model, settings.ema)
+        how = {"betas": player.betas, "weight_decay": s.weight_decay, "fused": True}
+        player.optimizer = torch.optim.AdamW(player.parameters, s.lr, **how)
+    ema = EMA(stage.model, s.ema)
     if resume:
         load_tensors(players, ema, stage, progress.pop("names"), tensors)
         stage.start(resumed=True)
         before = progress["settings"]["updates"]
-        if settings.updates != before:
-            print(
-                f"{settings.updates} updates instead of {before}: the learning rate is now that of",
-                end=" ",
-            )
-            print(f"a run of this length, {learning_rate(settings, progress['update']):.2g}")
-    progress |= {"settings": asdict(settings), "run": progress["run"] + 1}
-    if progress["update"] >= settings.updates:
+        if s.updates != before:
+            rate = learning_rate(s, progress["update"])
+            print(f"{s.updates} updates instead of {before}: the learning rate becomes {rate:.2g}")
+    progress |= {"settings": asdict(s), "run": progress["run"] + 1}
+    if progress["update"] >= s.updates:
         print(f"{out}: finished after {progress['update']} updates; --updates N trains it longer")
         return
     claim(out, progress["run"])
     log = Log(out / "log.csv", progress["run"], progress["update"], stage.columns)
     size = sum(p.numel() for p in players[0].parameters) / 1e6
-    parts = f"{settings.accumulate} parts by {world()} processes"
-    print(
-        f"{size:.1f}M parameters; {settings.updates:,} updates of {settings.batch} images, {parts}"
-    )
+    how = f"{s.accumulate} parts by {world()} processes"
+    print(f"{size:.1f}M parameters; {s.updates:,} updates of {s.batch} images, {how}")
     stopped = loop(stage, players, ema, log, out, progress)
     across(0.0)  # until process 0 has written everything
     if stopped:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 import plots
-from data import COLOURS, open_set, relabel, transition_report
-from plots import bars, chart, grid, join, time_embedding
+from data import COLOURS, open_set
+from plots import bars, chart, grid, join, relabel, time_embedding, transition_report
 from unet import timestep_embedding
 
 NAMES = list(COLOURS)
@@ -107,7 +107,7 @@ def test_relabel_counts_against_a_plain_loop(tmp_path, run, refused):
     assert (excess >= 0).all() and ((excess > 0) == (rgb != lab)).all()
     assert (NAMES[rgb[30]], NAMES[lab[30]]) == ("purple", "black")
     moves = Counter(zip(rgb.tolist(), lab.tolist()))
-    report = transition_report(rgb, lab, NAMES)
+    report = transition_report(rgb, lab)
     table = [list(map(int, line.split()[1:])) for line in report.splitlines()[-8:]]
     assert table == [[moves[a, b] for b in range(8)] for a in range(8)]
     assert f"changes {(rgb != lab).mean():.1%} of 31 labels" in report

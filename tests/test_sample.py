@@ -9,6 +9,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,6 @@ from bench import Mixture
 from conftest import make_tiny_model
 from PIL import Image
 
-import data
 import sample
 from data import ALPHABET, UserError
 from ddpm import Diffusion, cosine_schedule, linear_schedule
@@ -39,7 +39,6 @@ from sample import (
     with_cfg,
     with_classifier,
     with_clipping,
-    with_labels,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +101,7 @@ def test_timesteps_are_exactly_s_for_every_s():
     for steps in range(1, 1001):
         times = timesteps(1000, steps)
         assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
-        assert all(t > t_next for t, t_next in zip(times, times[1:]))
+        assert np.all(np.diff(times) < 0)
     assert timesteps(1000, 3) == [1000, 666, 333, 0]
     for steps in (0, 1001):
         with pytest.raises(ValueError):
@@ -115,10 +114,8 @@ def test_published_timesteps_and_where_they_fail():
     lengths = {}
     for steps in range(1, 1001):
         assert len(timesteps(1000, steps)) - 1 == steps
-        try:
+        with suppress(ValueError):
             lengths[steps] = len(published_timesteps(1000, steps)) - 1
-        except ValueError:
-            continue
     assert len(lengths) == 1000 - 599 and 27 not in lengths and 1000 not in lengths
     assert lengths[30] == 31 and lengths[150] == 167 and lengths[200] == 200
 
@@ -232,8 +229,8 @@ def test_ancestral_sampling_reaches_the_law():
 def test_plms_with_a_constant_eps_is_ddim():
     """Each of the four sets of coefficients sums to one."""
     e, x, times = randn(3), randn(3, seed=1), timesteps(1000, 12)
-    for one, two in zip(plms(lambda x, t: e, x, times, A), ddim(lambda x, t: e, x, times, A)):
-        torch.testing.assert_close(one[1], two[1])
+    one, two = (last(sampler(lambda x, t: e, x, times, A)) for sampler in (plms, ddim))
+    torch.testing.assert_close(one, two)
 
 
 @pytest.mark.parametrize("sampler, more", [(plms, 1), (dpm, 0), (ddim, 0)])
@@ -311,6 +308,14 @@ def test_published_plms_is_reproduced():
 # --------------------------------------------------------------------------------------- guidance
 
 
+def assert_reached(eps, start, mean, z, steps=200, slack=(0.02, 2e-3)):
+    """From data of mean `start`, noised to T, the deterministic samplers end at mean + S z."""
+    x_T = law(1000, start)[0] + law(1000)[1].sqrt() * z
+    for sampler, most in ((ddim, slack[0]), (plms, slack[1]), (dpm, slack[1])):
+        x = last(sampler(eps, x_T, timesteps(1000, steps), A))
+        torch.testing.assert_close(x, mean + S * z, atol=most, rtol=0)
+
+
 class GaussianModel:
     """A model whose label y means data N(m_y, S^2); label 2 is the zero-label."""
 
@@ -330,14 +335,9 @@ def test_classifier_free_guidance_reaches_the_closed_form(scale):
     """eps is linear in the mean, so guided samples have the mean m_0 + s (m_y - m_0)."""
     model, y = GaussianModel(), torch.tensor([0, 1])
     mean = 0.2 + scale * (model.means[y] - 0.2)
-    z = torch.tensor([0.3, -1.0], dtype=torch.float64)
-    start, var = law(1000, mean)
     eps = with_cfg(model, y, scale)
-    for sampler in (ddim, plms, dpm):
-        x = last(sampler(eps, start + var.sqrt() * z, timesteps(1000, 200), A))
-        slack = 0.02 if sampler is ddim else 2e-3
-        torch.testing.assert_close(x, mean + S * z, atol=slack, rtol=0)
-    noiseless = last(ddpm(eps, start, timesteps(1000, 1000), A, lambda: 0.0))
+    assert_reached(eps, mean, mean, torch.tensor([0.3, -1.0], dtype=torch.float64))
+    noiseless = last(ddpm(eps, law(1000, mean)[0], timesteps(1000, 1000), A, lambda: 0.0))
     torch.testing.assert_close(noiseless, mean, atol=0.01, rtol=0)
 
 
@@ -349,11 +349,7 @@ def test_guidance_of_the_noisy_part_reaches_the_closed_form(t):
     z = torch.tensor([0.3, -1.0], dtype=torch.float64)
     n, shift = ((1 - A[t]) / A[t]).sqrt(), model.means[y] - 0.2
     mean = model.means[y] + S / (S**2 + n**2).sqrt() * (scale - 1) * shift
-    start, var = law(1000, 0.2 + scale * shift)
-    for sampler in (ddim, plms, dpm):
-        eps = with_cfg(model, y, 15.0, n)
-        x = last(sampler(eps, start + var.sqrt() * z, timesteps(1000, 1000), A))
-        torch.testing.assert_close(x, mean + S * z, atol=0.03, rtol=0)
+    assert_reached(with_cfg(model, y, 15.0, n), 0.2 + scale * shift, mean, z, 1000, (0.03, 0.03))
 
 
 def test_classifier_free_guidance_is_one_batched_evaluation():
@@ -391,13 +387,8 @@ def test_eq_4_1_classifier_guidance_reaches_the_closed_form(scale):
     def eps_zero(x, t):
         return exact_eps(x, t, m=0.0)
 
-    start, var = law(1000, mean)
-    eps = with_classifier(eps_zero, gradient, scale, A)
-    for sampler in (ddim, plms, dpm):
-        x = last(sampler(eps, start + var.sqrt() * z, timesteps(1000, 200), A))
-        slack = 0.03 if sampler is ddim else 3e-3
-        torch.testing.assert_close(x, mean + S * z, atol=slack, rtol=0)
-    errors = []
+    assert_reached(with_classifier(eps_zero, gradient, scale, A), mean, mean, z, 200, (0.03, 3e-3))
+    start, errors = law(1000, mean)[0], []
     for n in (500, 1000):
         path = ddpm(eps_zero, start, timesteps(1000, n), A, lambda: 0.0, "beta", gradient, scale)
         errors.append((last(path) - mean).abs().max().item())
@@ -507,7 +498,7 @@ def test_an_image_does_not_depend_on_its_batch(tiny_model, sampler):
 
 
 def test_labels_that_differ_by_case_are_different_labels():
-    model = SimpleNamespace(classes=["A", "a", "None", "B"], zero_label=4)
+    model = SimpleNamespace(classes=["A", "a", "None", "B"])
     assert sample.label_number(model, ["A", "a", "b", "none", "2", 3]) == [0, 1, 3, 4, 2, 3]
 
 
@@ -533,18 +524,6 @@ def test_network_sees_time_counted_from_zero(tiny_model):
     assert torch.equal(one, two) and seen[-1] == [6, 6]
 
 
-def test_half_precision_files_and_both_sets_of_weights_load(tmp_path, tiny_model):
-    content = torch.load(tiny_model, weights_only=True)
-    half = {name: value.half() for name, value in content["weights"]["ema"].items()}
-    torch.save(content | {"weights": {"ema": half}}, tmp_path / "half.pt")
-    model, raw = load_model(tmp_path / "half.pt"), load_model(tiny_model, "raw")
-    assert next(model.parameters()).dtype == torch.float32
-    one, two = (
-        with_labels(m, torch.tensor([3]))(torch.zeros(1, 3, 32, 32), 500) for m in (model, raw)
-    )
-    torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
-
-
 # ----------------------------------------------------------------------------------- command line
 
 
@@ -552,10 +531,10 @@ def test_half_precision_files_and_both_sets_of_weights_load(tmp_path, tiny_model
 def draw(run, tiny_model):
     """draw(path, "--label", "A", ...): sample.py with few steps; returns what it printed."""
 
-    def call(out, *arguments):
+    def call(out, *arguments, expected=0):
         code, text, err = run("sample", "--run", tiny_model, "--steps", 2, *arguments, "--out", out)
-        assert code == (130 if "goes on" in err else 0), err
-        return text + err
+        assert code == expected, err
+        return text
 
     return call
 
@@ -637,8 +616,11 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def images_of(folder):
-    return {path: np.asarray(Image.open(folder / path)).astype(int) for path in content(folder)}
+def assert_same_images(one, two):
+    assert content(one).keys() == content(two).keys()
+    for path in content(one):
+        a, b = (np.asarray(Image.open(folder / path)).astype(int) for folder in (one, two))
+        assert np.abs(a - b).max() <= 1
 
 
 MANY = ("--batch", 16, "--sampler", "ddpm", "--per-label")
@@ -657,11 +639,12 @@ def test_e60_the_hours_of_5_1_1():
 def test_5_1_1_what_is_there_is_not_made_again(draw, tmp_path, monkeypatch):
     """A folder that was interrupted, or that grows, holds the images of one that was not."""
     draw(tmp_path / "whole", *MANY, 3, "--seed", 5)
-    whole = images_of(tmp_path / "whole")
-    assert {*whole} == {f"{label}/00000{seed}.png" for label in ALPHABET for seed in (5, 6, 7)}
+    names = {f"{label}/00000{seed}.png" for label in ALPHABET for seed in (5, 6, 7)}
+    assert {*content(tmp_path / "whole")} == names
     draw(tmp_path / "one.png", "--label", "Q", "--n", 1, "--seed", 6, "--sampler", "ddpm")
     single = Image.open(tmp_path / "one.png").crop((2, 2, 66, 66)).resize((32, 32), 0)
-    assert np.abs(np.asarray(single) - whole["Q/000006.png"]).max() <= 1
+    same = np.asarray(Image.open(tmp_path / "whole/Q/000006.png")).astype(int)
+    assert np.abs(np.asarray(single) - same).max() <= 1
 
     calls = []
 
@@ -673,57 +656,29 @@ def test_5_1_1_what_is_there_is_not_made_again(draw, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(sample, "denoise", interrupted)
-        said = draw(tmp_path / "parts", *MANY, 2, "--seed", 5)
+        draw(tmp_path / "parts", *MANY, 2, "--seed", 5, expected=130)
     before = content(tmp_path / "parts")
-    assert "stopped; the same command goes on" in said and len(before) == 32
+    assert len(before) == 32
     assert "46 new images" in draw(tmp_path / "parts", *MANY, 3, "--seed", 5)
-    after = content(tmp_path / "parts")
-    assert before.items() <= after.items()
-    parts = images_of(tmp_path / "parts")
-    assert parts.keys() == whole.keys()
-    assert all(np.abs(parts[path] - whole[path]).max() <= 1 for path in whole)
+    assert before.items() <= content(tmp_path / "parts").items()
+    assert_same_images(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_5_1_1_processes_make_disjoint_parts_of_the_set(draw, tmp_path, monkeypatch):
-    """Guided by a classifier. Process 1 of 2 makes half of the files, process 0 the others."""
-    guide = make_tiny_classifier(tmp_path / "guide.pt")
-    guided = ("--guidance", "classifier", "--scale", 400, "--classifier", guide)
-    draw(tmp_path / "whole", *MANY, 1, *guided)
-    draw(tmp_path / "plain", *MANY, 1)
-    whole, plain = images_of(tmp_path / "whole"), images_of(tmp_path / "plain")
-    assert any(np.abs(whole[path] - plain[path]).max() > 1 for path in whole)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in "10":
-        monkeypatch.setenv("RANK", rank)
-        assert "13 new images" in draw(tmp_path / "shared", *MANY, 1, *guided)
-    shared = images_of(tmp_path / "shared")
-    assert shared.keys() == whole.keys()
-    assert all(np.abs(shared[path] - whole[path]).max() <= 1 for path in whole)
-
-
-def test_5_1_1_torchrun(draw, tiny_model, tmp_path):
-    """Two real processes; making the set again computes nothing and changes nothing."""
+def test_5_1_1_processes_make_disjoint_parts_of_the_set(draw, tiny_model, tmp_path):
+    """Two real processes, guided by a classifier, make the images that one process makes. Making
+    the set again computes nothing and changes nothing."""
+    how = (*MANY, 1, "--guidance", "classifier", "--scale", 400)
+    how += ("--classifier", make_tiny_classifier(tmp_path / "guide.pt"))
+    draw(tmp_path / "one", *how)
     out = tmp_path / "two"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    how = [
-        "sample.py",
-        *MANY,
-        2,
-        "--steps",
-        2,
-        "--run",
-        tiny_model,
-        "--device",
-        "cpu",
-        "--out",
-        out,
-    ]
-    command = [sys.executable, *torchrun, *map(str, how)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    more = ("--steps", 2, "--run", tiny_model, "--device", "cpu", "--out", out)
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2, "--", "sample.py")
+    command = map(str, (sys.executable, "-m", *torchrun, *how, *more))
+    done = subprocess.run(list(command), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("13 new images") == 2, done.stderr
+    assert_same_images(tmp_path / "one", out)
     before = content(out)
-    assert {*before} == {f"{label}/00000{seed}.png" for label in ALPHABET for seed in (0, 1)}
-    assert "0 new images" in draw(out, *MANY, 2) and content(out) == before
+    assert "0 new images" in draw(out, *how) and content(out) == before
 
 
 def test_a_set_is_never_mixed_from_two_settings(draw, refused, tiny_model, tmp_path):
@@ -733,11 +688,11 @@ def test_a_set_is_never_mixed_from_two_settings(draw, refused, tiny_model, tmp_p
     same = ("--run", tiny_model, *MANY, 1, "--steps", 2, "--out", out)
     guide = ("--guidance", "classifier", "--classifier", make_tiny_classifier(tmp_path / "c.pt"))
     for more, words in (
-        (("--scale", 3), "begun with scale 2.0, not 3.0"),
-        (("--steps", 3), "begun with steps 2, not 3"),
-        (("--precision", "bf16"), "begun with bf16 False, not True"),
-        (("--run", make_tiny_model(tmp_path / "m.pt", predict="eps")), "begun with model "),
-        (guide, "begun with classifier None"),
+        (("--scale", 3), "another scale"),
+        (("--steps", 3), "another steps"),
+        (("--precision", "bf16"), "another bf16"),
+        (("--run", make_tiny_model(tmp_path / "m.pt", predict="eps")), "another model"),
+        (guide, "another classifier"),
         (("--out", tmp_path), "not an empty folder"),
     ):
         assert words in refused("sample", *same, *more)
@@ -762,12 +717,9 @@ def test_command_line_says_when_guidance_means_nothing(run, tmp_path):
         (("--steps", 0), "--steps 0: expected 1 or more"),
         (("--steps", 1001), "1 to 1000"),
         (("--label", "blue"), "unknown label 'blue'"),
-        (("--label", "27"), "unknown label"),
         (("--label", "A", "--grid"), "--label: not with"),
         (("--text", "A5"), "draws only"),
-        (("--text", ""), "draws only"),
         (("--scale", -1), "--scale -1: expected 0 or more"),
-        (("--scale", "nan"), "--scale nan"),
         (("--scales", 1, "inf"), "--scales inf"),
         (("--n", 0), "1 or more"),
         (("--eta", 2, "--sampler", "ddim"), "expected 0 to 1"),
@@ -784,22 +736,12 @@ def test_bad_input_is_one_clear_line(refused, tiny_model, arguments, words):
     assert words in refused("sample", "--run", tiny_model, *arguments)
 
 
-class Harmful:
-    """Runs a command when it is unpickled, as the file of an attacker would."""
-
-    def __reduce__(self):
-        import os
-
-        return os.system, ("echo harm > harmed",)
-
-
 def test_bad_model_files_are_one_clear_line(refused, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content, whole = torch.load(tiny_model, weights_only=True), tiny_model.read_bytes()
     (tmp_path / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.pt").write_text("not a checkpoint")
     torch.save({"weights": 1}, tmp_path / "foreign.pt")
-    torch.save(content | {"extra": Harmful()}, tmp_path / "harmful.pt")
     weights = dict(content["weights"]["ema"])
     weights["unet.other"] = weights.pop("unet.out.2.bias")
     torch.save(content | {"weights": {"ema": weights}}, tmp_path / "misfit.pt")
@@ -808,15 +750,7 @@ def test_bad_model_files_are_one_clear_line(refused, tiny_model, tmp_path, monke
         "truncated.pt": "truncated",
         "text.pt": "not a checkpoint that can be read",
         "foreign.pt": "not a checkpoint of this project",
-        "harmful.pt": "refused, it asks to run",
         "misfit.pt": "1 missing (first: unet.out.2.bias); 1 unknown (first: unet.other)",
     }.items():
         assert words in refused("sample", "--run", tmp_path / name)
-    assert not (tmp_path / "harmed").exists()
     assert list(tmp_path.glob("*.png")) == []
-
-
-def test_without_any_model_one_line_says_how_to_make_one(refused, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "ASSETS", tmp_path)
-    assert "python train.py --stage letters" in refused("sample", "--text", "HELLO")
