@@ -1,4 +1,4 @@
-"""How assets/letters_classifier.pt was made: python assets/make_letters_classifier.py FILE
+"""How assets/letters_classifier.pt was made: python assets/make_letters_classifier.py FILE [EPOCHS]
 
 It trains on the letters that come with the project, for minutes on a CPU, and writes FILE.
 """
@@ -46,9 +46,9 @@ def train_letters_classifier(path, epochs=12, batch=128, seed=0):
 
 
 def main():
-    if len(sys.argv) != 2:
+    if len(sys.argv) < 2:
         raise UserError("expected the name of the file to write")
-    accuracy = train_letters_classifier(sys.argv[1])
+    accuracy = train_letters_classifier(sys.argv[1], *map(int, sys.argv[2:3]))
     print(f"{sys.argv[1]}: accuracy {accuracy:.1%} on the letters of the validation fonts")
 
 

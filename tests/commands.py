@@ -43,6 +43,7 @@ SHORTER = (  # the first pattern that a command contains -> flags that make it s
     (r"sample\.py", "--steps 2"),
     (r"plots\.py \w+ paintings", "--size 64"),
     (r"--count", "--count 8"),
+    (r"make_letters_classifier", "1"),
 )
 
 

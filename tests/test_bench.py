@@ -11,8 +11,8 @@ import data
 def test_e58_what_a_process_holds():
     """395 M weights with gradients and moments take 6.3 GB; with average and first stage 8.2 GB.
 
-    So any 11 GB hold the complete model, but few images (E58: "any of them can accommodate the
-    complete model" means none of them). Offloading moves no gathered weights and no first stage.
+    So a GPU of 11 GB holds the complete model, but few images (E58: "any of them can accommodate
+    the complete model" means none of them). Offloading moves no gathered weights, no first stage.
     """
     sizes = 394_988_804, 31_000_000, 67_717_295
     one = bench.memory_per_process(*sizes, "ddp")

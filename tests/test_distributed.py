@@ -116,7 +116,7 @@ SINGLE = {"single": LDM, "letters": LETTERS, "vqgan": VQGAN}
 
 def run_until(name, arguments, data, out, stop=None, resume=False):
     """A run in this process. Process 0 gets SIGTERM after update `stop`."""
-    update = train.EMA.update
+    update, previews = train.EMA.update, train.previews
 
     def interrupted(ema, n):
         update(ema, n)
@@ -126,13 +126,15 @@ def run_until(name, arguments, data, out, stop=None, resume=False):
     sets = () if resume or arguments[1] == "letters" else ("--data", data / "pictures")
     sets += ("--first-stage", data / "first.pt") if arguments[1] == "ldm" and not resume else ()
     train.EMA.update = interrupted
+    if "fsdp" not in arguments:
+        train.previews = lambda *_: {}  # pictures take longer than these runs
     try:
         words = [*arguments, *sets, "--out", out / name, *(["--resume"] if resume else [])]
         train.train(*train.parse([str(word) for word in words]))
     except SystemExit as end:
         assert end.code == 128 + signal.SIGTERM and stop
     finally:
-        train.EMA.update = update
+        train.EMA.update, train.previews = update, previews
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
 
@@ -198,7 +200,7 @@ def shares_of(settings, run):
 
 def lose_a_process(data, out):
     """Process 1 is killed after three updates."""
-    update = train.EMA.update
+    update, previews = train.EMA.update, train.previews
 
     def killed(ema, n):
         update(ema, n)
