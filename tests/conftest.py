@@ -24,6 +24,15 @@ PROGRAMS = {"data": data.main, "fid": fid.main, "plots": plots.main}
 PROGRAMS |= {"sample": sample.main, "train": train.main}
 
 
+@pytest.fixture(autouse=True)
+def narrow_previews(monkeypatch):
+    """Training draws one picture per label: pictures would take longer than the tiny runs."""
+    draw = train.images_by_label
+    monkeypatch.setattr(
+        train, "images_by_label", lambda model, columns, **how: draw(model, 1, **how)
+    )
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run("sample", "--label", "A", ...) -> (exit code, stdout, stderr)."""
