@@ -29,7 +29,6 @@ from data import (
     nearest_colour,
     open_set,
     pack_folder,
-    paint,
     rgb_to_lab,
     rows_of_update,
     to_tensor,
@@ -549,17 +548,6 @@ def test_embedded_letters():
     assert y.tolist() == [0, 1] and torch.equal(x[1], to_tensor(letters.images[27:28])[0])
     part = open_set("letters:validation")
     assert np.array_equal(part.images, letters.images[validation]) and len(part.labels) == 1040
-
-
-def test_pictures_have_the_colour_that_was_asked_for():
-    labels = np.arange(48) % 8
-    pictures = np.stack([paint(seed, label, 64) for seed, label in enumerate(labels)])
-    assert pictures.dtype == np.uint8 and pictures.shape == (48, 64, 64, 3)
-    for space in ("rgb", "lab"):
-        assert (nearest_colour(mean_colour(pictures, space), space) == labels).mean() > 0.97
-    assert not any(is_plain(picture) for picture in pictures)
-    assert np.array_equal(paint(3, 3, 64), pictures[3])
-    assert not np.array_equal(paint(4, 3, 64), pictures[3])
 
 
 def test_the_default_set_is_painted_once_and_balanced(tmp_path, monkeypatch):
