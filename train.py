@@ -155,7 +155,8 @@ class Classifier(Settings):
         guided = load(self.run)
         found = {name: guided.settings.get(name) for name in ("schedule", "T")}
         if self.data is None:
-            found["data"] = guided.settings.get("data")  # a published model does not know
+            own = "paintings" if guided.stage == "ldm" else "letters"
+            found["data"] = guided.settings.get("data") or own  # a published model does not say
         return found | {"shape": guided.shape, "space": ldm.space_of(guided)}
 
     def complete(self):

@@ -434,6 +434,12 @@ def test_4_4_2_the_loss_is_the_cross_entropy_at_every_t(tmp_path):
     assert s.validate() == {"validation_loss": 1.0, "validation_accuracy": 0.5}
 
 
+def test_the_classifier_of_the_shipped_model_trains_on_the_embedded_letters(monkeypatch, tmp_path):
+    """Its file was written when None meant the embedded letters; so do published models."""
+    monkeypatch.chdir(tmp_path)
+    assert train.new_settings(train.Classifier, {"device": "cpu"}).data == "letters"
+
+
 def test_the_perceptual_loss_is_loaded_once(tmp_path, monkeypatch):
     """B12; without its files the weight is 0."""
     loads = []
