@@ -133,14 +133,19 @@ def sample(x):
 
 
 def kernel_sums(x, y):
-    """sum_j k(x_i, y_j) for every i, with the kernel of KID, k(x, y) = (x . y / d + 1)^3. (m,)"""
-    return torch.cat([((part @ y.T / y.shape[1] + 1) ** 3).sum(1) for part in x.split(CHUNK)])
+    """The sums of k(x_i, y_j) over j, (m,), and over i, (n,), with KID's k = (x . y / d + 1)^3."""
+    over_j, over_i = [], 0
+    for part in x.split(CHUNK):
+        k = (part @ y.T / y.shape[1] + 1) ** 3
+        over_j.append(k.sum(1))
+        over_i = over_i + k.sum(0)
+    return torch.cat(over_j), over_i
 
 
 @remember
 def sums_within(x):
     """sum_{j != i} k(x_i, x_j) for every i. x: (n, d). Returns (n,)."""
-    return kernel_sums(x, x) - (x.square().mean(1) + 1) ** 3
+    return kernel_sums(x, x)[0] - (x.square().mean(1) + 1) ** 3
 
 
 def kernel_distance(x, y):
@@ -157,7 +162,7 @@ def kernel_distance(x, y):
     m, n = len(x), len(y)
     if min(m, n) < 2:
         return math.nan, math.nan
-    xx, yy, xy, yx = sums_within(x), sums_within(y), kernel_sums(x, y), kernel_sums(y, x)
+    xx, yy, (xy, yx) = sums_within(x), sums_within(y), kernel_sums(x, y)
     value = xx.sum() / (m * (m - 1)) + yy.sum() / (n * (n - 1)) - 2 * xy.sum() / (m * n)
     variance = 0
     for own, cross, count, others in ((xx, xy, m, n), (yy, yx, n, m)):
@@ -195,8 +200,8 @@ def precision_recall(real, fake):
         return math.nan, math.nan
     shares = []
     for points, centres in ((fake, real), (real, fake)):
-        parts = (squared_distances(part, centres) for part in points.split(CHUNK))
-        inside = [(part <= squared_radii(centres)).any(1) for part in parts]
+        parts, radii = points.split(CHUNK), squared_radii(centres)
+        inside = [(squared_distances(part, centres) <= radii).any(1) for part in parts]
         shares.append(torch.cat(inside).double().mean().item())
     return tuple(shares)
 

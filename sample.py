@@ -255,7 +255,7 @@ def denoise(
     guide_above = model.guide_above if guide_above is None else guide_above
     noise, y = ImageNoise(seeds, model.shape, device), torch.as_tensor(y, device=device)
     eps = with_cfg(model, y, 0 if classifier else scale, guide_above)
-    if classifier:
+    if classifier and scale:
         gradient = classifier_gradient(classifier, y)
     if bf16:  # per call: a generator that pauses inside autocast leaves it on for its reader
         autocast = torch.autocast(device.type, torch.bfloat16)
@@ -361,11 +361,11 @@ def draw_scales(model, columns, seed, scales, **more):
 
 
 def along_the_path(model, y, seeds, frames, steps, **more):
-    """5.3.1: yields the images x_t and the predicted x_0 after `frames` evenly spaced steps."""
+    """5.3.1: yields x_t and the predicted x_0 after `frames` evenly spaced steps."""
     chosen = np.linspace(0, steps - 1, min(frames, steps)).round()
     for i, (_, x, x_0) in enumerate(denoise(model, y, seeds, steps=steps, **more)):
         if i in chosen:
-            yield to_uint8(model.decode(x)), to_uint8(model.decode(x_0))
+            yield x, x_0
 
 
 def write_many(model, folder, labels, seeds, batch, settings):
@@ -438,13 +438,7 @@ def open_originals(files, size):
         paintings = data.open_set("paintings:validation", size)
         _, first = np.unique(paintings.labels, return_index=True)
         return paintings.classes, paintings.images[first]
-    images = []
-    for file in files:
-        try:
-            images.append(data.decode(file, size))
-        except UserError as reason:
-            raise UserError(f"{file}: {reason}") from None
-    return [Path(file).name for file in files], np.stack(images)
+    return [Path(file).name for file in files], np.stack(list(data.Files(files, size)))
 
 
 def write_reconstructions(args, device):
@@ -624,9 +618,10 @@ def draw(model, args, label, settings):
         y, name = np.arange(n) % len(model.classes), "all"
     if args.gif:
         path = along_the_path(model, y, seeds, 48, **settings)
-        return [tiles(x_t, columns) for x_t, _ in path], name
+        return [tiles(to_uint8(model.decode(x)), columns) for x, _ in path], name
     if args.strip:
-        path = np.array(list(along_the_path(model, y, seeds, 12, **settings)))
+        path = along_the_path(model, y, seeds, 12, **settings)
+        path = np.array([[to_uint8(model.decode(x)) for x in state] for state in path])
         path = path.transpose(2, 1, 0, 3, 4, 5)  # (n, 2, frames, H, W, 3)
         names = ["x_t", "x_0"] * n
         return tiles(np.concatenate(np.concatenate(path)), path.shape[2], names), f"{name}_strip"

@@ -1135,8 +1135,8 @@ def run_tensors(players, ema, stage):
     return tensors
 
 
-def save(out, stage, players, ema, progress, best=False):
-    """Write model.pt, the loss chart and the checkpoint; if `best`, only best.pt."""
+def save(out, stage, players, ema, progress, best, checkpoint):
+    """If `best`, write best.pt; if `checkpoint`, model.pt, the loss chart and the checkpoint."""
     tensors = {}
     for name, value in run_tensors(players, ema, stage).items():
         value = whole(value)
@@ -1146,9 +1146,9 @@ def save(out, stage, players, ema, progress, best=False):
     raw = {k.removeprefix("train."): v for k, v in tensors.items() if k.startswith("train.")}
     average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
     about = progress["stage"], progress["settings"], stage.classes, progress["update"]
-    file = out / ("best.pt" if best else "model.pt")
-    ldm.save_model(file, *about, {"raw": raw, "ema": raw | average})
-    if not best:  # the checkpoint last: after a kill, all the rest is computed again
+    for name in ["best.pt"] * bool(best) + ["model.pt"] * bool(checkpoint):
+        ldm.save_model(out / name, *about, {"raw": raw, "ema": raw | average})
+    if checkpoint:  # its file last: after a kill, all the rest is computed again
         plots.draw_losses(plots.log_rows(out / "log.csv"), out / "loss.png", stage.loss_name)
         path = out / f"checkpoint_{progress['update']:08d}.pt"
         ldm.write_checkpoint(path, progress | {"tensors": tensors})
@@ -1269,11 +1269,10 @@ def loop(stage, players, ema, log, out, progress):
         log.write(row, progress["seconds"])
         bar.set_postfix_str(f"loss {row['train_loss']:.4f}")
         loss = row.get("validation_loss_ema", row.get("validation_loss", math.inf))
-        if stage.best_from and done >= stage.best_from and loss < progress["best"]:
-            progress["best"] = loss
-            save(out, stage, players, ema, progress, best=True)
-        if saving:
-            save(out, stage, players, ema, progress)
+        best = stage.best_from and done >= stage.best_from and loss < progress["best"]
+        progress["best"] = loss if best else progress["best"]
+        if best or saving:
+            save(out, stage, players, ema, progress, best, saving)
         if stopping:
             break
         log.mark = time.perf_counter(), done
