@@ -1353,8 +1353,8 @@ def train(name, typed, resume):
     claim(out, progress["run"])
     log = Log(out / "log.csv", progress["run"], progress["update"], stage.columns)
     size = sum(p.numel() for p in players[0].parameters) / 1e6
-    how = f"{s.accumulate} parts by {world()} processes"
-    print(f"{size:.1f}M parameters; {s.updates:,} updates of {s.batch} images, {how}")
+    how = f", {s.accumulate} parts by {world()} processes" * (s.accumulate * world() > 1)
+    print(f"{size:.1f}M parameters; {s.updates:,} updates of {s.batch} images{how}")
     stopped = loop(stage, players, ema, log, out, progress)
     across(0.0)  # until process 0 has written everything
     if stopped:
