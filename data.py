@@ -15,10 +15,12 @@ import contextlib
 import csv
 import ctypes
 import hashlib
+import io
 import json
 import os
 import shutil
 import sys
+import tempfile
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -28,19 +30,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 import painter
 
 ASSETS = Path(__file__).parent / "assets"
-CACHE = Path("~/.cache/color-diffusion").expanduser()  # what the programs can make again
 ALPHABET = [chr(ord("A") + i) for i in range(26)]
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+FORMATS = Image.registered_extensions()  # suffix -> Pillow's name of the format
+IMAGE_SUFFIXES = {s for s, name in FORMATS.items() if name in Image.OPEN} - {".eps", ".ps"}
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # colour profiles may have more than Pillow's 1 MB
 
 # --------------------------------------------------------------------------------------------------
 # Files and errors, for every program of the project
 # --------------------------------------------------------------------------------------------------
+
+
+def cache_folder():
+    """Where the programs keep what they can make again: ~/.cache, if it can be written."""
+    name = "color-diffusion"
+    with contextlib.suppress(OSError, RuntimeError):  # there may be no home folder
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    return Path(tempfile.gettempdir(), name)
 
 
 class UserError(Exception):
@@ -50,6 +65,8 @@ class UserError(Exception):
 def run_program(main):
     """Run a command-line program. A UserError becomes one line on stderr and exit code 2."""
     warnings.filterwarnings("ignore", module="PIL")  # about odd metadata in image files
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names may be no UTF-8
     try:
         main()
         return
@@ -61,10 +78,17 @@ def run_program(main):
         message = str(error)
     except OSError as error:  # such as a full disk
         message = f"{error.filename or 'a file'}: {error.strerror or error}"
-    except RuntimeError as error:  # torch reports missing memory in this way
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):
+    except RuntimeError as error:  # of torch
+        text, compiler = (
+            str(error),
+            type(error).__module__.startswith(("torch._dynamo", "torch._i")),
+        )
+        if compiler:
+            message = f"--compile does not work here ({text.strip().splitlines()[0]}); leave it out"
+        elif any(words in text for words in ("out of memory", "can't allocate memory")):
+            message = "not enough memory: use a smaller --batch, or train.py's --accumulate"
+        else:
             raise
-        message = "not enough memory: use a smaller --batch, or train.py's --accumulate"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -97,7 +121,7 @@ def whole_file(path):
 
 def picture_name(path):
     """`path`, if it is a name for a picture."""
-    if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
+    if FORMATS.get(Path(path).suffix.lower()) not in Image.SAVE:
         raise UserError(f"{path}: not the name of a picture; end it with .png")
     return path
 
@@ -190,6 +214,39 @@ class ImageSet:
         labels = torch.from_numpy(self.labels[index].astype(np.int64))
         return to_tensor(images), labels.to(device, non_blocking=True)
 
+    def name(self, row):
+        """A name for one image: that of its file, if it has one, else its class and its row."""
+        if isinstance(self.images, Files):
+            return self.images.files[row].name
+        return f"{self.classes[self.labels[row]]}_{row:06d}"
+
+    def each(self, size, function, title):
+        """Yields (row, image, function(row, image)) for all images, (size, size, 3) uint8, in their
+        order. Threads read them. At the end, one line names those that could not be decoded."""
+
+        def load(row):
+            try:
+                files = isinstance(self.images, Files)
+                image = (
+                    decode(self.images.files[row], size) if files else fit(self.images[row], size)
+                )
+            except UserError as error:
+                return row, None, f"{self.name(row)} ({error})"
+            return row, image, function(row, image)
+
+        rows, left_out = range(len(self.labels)), []
+        for row, image, value in tqdm(
+            threaded(load, rows), title, len(rows), unit="image", disable=None
+        ):
+            if image is None:
+                left_out.append(value)
+            else:
+                yield row, image, value
+        if left_out:
+            some = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+            note = f"note: {title}: {len(left_out)} of {len(rows):,} left out: {some}"
+            print(note, file=sys.stderr)
+
     def split(self):
         """The rows to train on and the rows to validate with."""
         validates = self.validates
@@ -280,10 +337,10 @@ def open_set(name, size=None, labels="folder", pack=True):
     elif pack:
         found = pack_folder(path, packed_folder(path, size), size, labels, replace=True)
     else:
-        files = list_images(path)
+        files, passed = list_images(path)
         numbers, classes = folder_labels(path, files)
         images = Files([path / file for file in files], size)
-        found = ImageSet(images, np.array(numbers), sources_of(path, files), classes)
+        found = ImageSet(images, np.array(numbers), sources_of(path, files), classes, passed)
     if size and pack and found.images.shape[1] != size:
         have = found.images.shape[1]
         raise UserError(
@@ -294,7 +351,7 @@ def open_set(name, size=None, labels="folder", pack=True):
 
 def painted(size):
     """The painter's 2,000 pictures, as many per label, painted once into the cache."""
-    found = paint_set(CACHE / f"painted.packed{size}", size, replace=True)
+    found = paint_set(cache_folder() / f"painted.packed{size}", size, replace=True)
     found.note = "painted by the project; python plots.py sheet paintings shows them"
     return found
 
@@ -427,10 +484,11 @@ def is_plain(image):
 
 
 def decode(file, size=None):
-    """An image file of any kind as an array (size, size, 3) uint8, its centre square.
+    """An image file of any kind as an array (size, size, 3) uint8 in sRGB, its centre square.
 
-    The rotation that a camera noted is applied, transparent pixels lie on white paper, and 16-bit
-    values are scaled. Raises UserError with the reason if the file is not such an image.
+    The rotation that a camera noted is applied, a colour profile is converted, transparent pixels
+    lie on white paper, and 16-bit values are scaled. Raises UserError with the reason if the file
+    is not such an image.
     """
     try:
         with Image.open(file) as image:
@@ -439,7 +497,7 @@ def decode(file, size=None):
             if size:
                 image.draft(None, (2 * size, 2 * size))  # large JPEGs are decoded at a reduced size
             ImageOps.exif_transpose(image, in_place=True)
-            image = on_paper(to_8_bit(image)).convert("RGB")
+            image = on_paper(to_srgb(to_8_bit(image), image.info.get("icc_profile"))).convert("RGB")
             return np.asarray(crop_and_resize(image, size) if size else image)
     except UserError:
         raise
@@ -459,6 +517,24 @@ def to_8_bit(image):
     if image.mode == "F" or deep.max() > 65535:
         raise UserError("32-bit pixels: which value is white is not known")
     return Image.fromarray(np.rint(deep * (255 / 65535)).astype(np.uint8))
+
+
+def to_srgb(image, profile):
+    """A Pillow image, converted from its colour profile (bytes or None) to sRGB.
+
+    A profile that is damaged, or made for another kind of pixels, is ignored.
+    """
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile or b""))
+        grey, space = image.mode in ("1", "L", "LA"), source.profile.xcolor_space.strip()
+        kind = {"RGB": "RGB", "GRAY": "L" if grey else None, "CMYK": "CMYK"}.get(space)
+        if kind and (kind == "CMYK") == (image.mode == "CMYK"):
+            clear = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+            pixels, target = image.convert(kind), ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(pixels, source, target, outputMode="RGB")
+            if clear:
+                image.putalpha(clear)
+    return image
 
 
 def on_paper(image):
@@ -515,7 +591,7 @@ def pack_folder(root, folder, size, labels="folder", replace=False):
     out, and set.json says why. Nothing is done if `folder` holds this set already. The set has
     changed if a file was added to or removed from its folders, or SOURCES.csv was edited.
     """
-    files = list_images(root)
+    files, passed = list_images(root)
     watched = sorted({file.parent for file in files}) + [Path("SOURCES.csv")]
     dates = [(root / path).stat().st_mtime_ns for path in watched if (root / path).exists()]
     state = {"size": size, "labels": labels, "files": len(files), "dates": dates}
@@ -542,10 +618,10 @@ def pack_folder(root, folder, size, labels="folder", replace=False):
         return image, numbers[i]
 
     names = [file.as_posix() for file in files]
-    return pack(folder, state, classes, names, sources_of(root, files), read)
+    return pack(folder, state, classes, names, sources_of(root, files), read, passed)
 
 
-def pack(folder, state, classes, names, sources, read):
+def pack(folder, state, classes, names, sources, read, note=""):
     """Write a packed set and open it. read(i) -> the image of names[i] and its label, or None and
     the reason why it is left out."""
     rows, labels, rejected = [], [], {}
@@ -566,13 +642,14 @@ def pack(folder, state, classes, names, sources, read):
         temporary.mkdir()
         write_npy(temporary / "images.npy", (state["size"], state["size"], 3), np.uint8, kept())
         reasons = Counter(reason.partition(":")[0] for reason in rejected.values()).most_common()
-        note = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
         if not rows:
             raise UserError(
-                f"{folder}: nothing to pack, all {len(names):,} files are left out: {note}"
+                f"{folder}: nothing to pack, all {len(names):,} files are left out: {why}"
             )
-        if note:
-            note = f"{len(rejected):,} of {len(names):,} files left out: {note} ({folder}/set.json)"
+        if why:
+            why = f"{len(rejected):,} of {len(names):,} files left out: {why} ({folder}/set.json)"
+        note = "; ".join(filter(None, (why, note)))
         about = {"state": state, "classes": list(classes), "note": note, "rejected": rejected}
         about |= {"labels": labels, "sources": sources[rows].tolist()}
         (temporary / "set.json").write_text(json.dumps(about))
@@ -626,24 +703,35 @@ def packed_folder(root, size):
     name = f"{root.name}.packed{size}"
     if os.access(root.parent, os.W_OK):
         return root.parent / name
-    return CACHE / f"{hashlib.sha256(str(root).encode()).hexdigest()[:12]}-{name}"
+    return cache_folder() / f"{hashlib.sha256(str(root).encode()).hexdigest()[:12]}-{name}"
 
 
 def list_images(root):
-    """The image files below `root` as sorted relative paths, without hidden and packed folders."""
-    files, seen = [], set()
+    """The image files below `root` as sorted relative paths, and a note on files of other kinds.
+
+    Hidden files, and the folders of systems and of packed sets, are passed over.
+    """
+    files, others, seen = [], Counter(), set()
     for path, folders, names in os.walk(root, followlinks=True):
         if (real := os.path.realpath(path)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [f for f in folders if f[0] != "." and f != "__MACOSX" and ".packed" not in f]
-        paths = (Path(path, name) for name in names if name[0] != ".")
-        files += [p.relative_to(root) for p in paths if p.suffix.lower() in IMAGE_SUFFIXES]
+        folders[:] = [f for f in folders if f[0] != "." and ".packed" not in f]
+        folders[:] = [f for f in folders if f not in SYSTEM_FOLDERS]
+        for file in (Path(path, name) for name in names if name[0] != "."):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                files.append(file.relative_to(root))
+            elif file.name != "SOURCES.csv":
+                others[file.suffix.lower() or "without a suffix"] += 1
+    passed = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
     if not files:
-        expected = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"{root}: no images in it or below it (expected {expected})")
-    return sorted(files)
+        found = f"; other files: {passed}" * bool(passed)
+        raise UserError(f"{root}: no images in it or below it{found}")
+    return sorted(files), f"files of other kinds passed over: {passed}" * bool(passed)
+
+
+PARTS_OF_A_SET = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 def folder_labels(root, files):
@@ -658,6 +746,9 @@ def folder_labels(root, files):
     if common in parents:
         raise UserError(f"{root / common}: images beside folders of images; what are the classes?")
     names = [file.relative_to(common).parts[0] for file in files]
+    if {name.lower() for name in names} <= PARTS_OF_A_SET:
+        some = f"{', '.join(sorted(set(names)))} are parts of a set, not classes"
+        raise UserError(f"{root / common}: {some}; name one of them, such as {names[0]}")
     names = [name.lower() if name.lower() in COLOURS else name for name in names]
     order = [*COLOURS, *sorted(set(names) - set(COLOURS))]
     classes = [name for name in order if name in set(names)]
@@ -699,6 +790,10 @@ def read_npz(path, size):
         images = arrays["images"]
         labels = arrays.get("labels", np.full(len(images), "all"))
     except KeyError:
+        if path.suffix != ".npz":
+            raise UserError(
+                f"{path}: not an .npz file; unpack it first, then name the folder"
+            ) from None
         raise UserError(f"{path}: no array `images`; it holds {', '.join(arrays)}") from None
     except Exception as error:  # numpy raises whatever it meets in a file of another kind
         raise UserError(f"{path}: not an .npz file that can be read") from error
@@ -852,7 +947,7 @@ def paintings_command(args):
         raise UserError("--size must be 8 or more, --count 1 or more, --seed 0 or more")
     if args.data and not Path(args.data).is_dir():
         raise UserError(f"{args.data}: no such folder")
-    root = Path(args.data or CACHE / "painted").resolve()
+    root = Path(args.data or cache_folder() / "painted").resolve()
     out = Path(args.out).resolve() if args.out else packed_folder(root, args.size)
     if args.data:
         found = pack_folder(root, out, args.size, args.space, replace=not args.out)

@@ -56,14 +56,23 @@ def gaussian_kl(mu_1, var_1, mu_2, var_2):
 # --------------------------------------------------------------------------------------------------
 
 
-def linear_schedule(T=1000, start=1e-4, end=0.02):
-    """beta_t linear in t: DDPM's schedule, for the letters (the thesis prints no range, E35)."""
-    return torch.linspace(start, end, T, dtype=torch.float64)
+def linear_schedule(T=1000, start=None, end=None):
+    """beta_t linear in t: DDPM's schedule, for the letters (the thesis prints no range, E35).
+
+    From 0.1 / T to 20 / T, so that alpha_bar_T hardly depends on T; at most 0.999.
+    """
+    start, end = start or 0.1 / T, end or 20 / T
+    return torch.linspace(start, end, T, dtype=torch.float64).clamp(max=0.999)
 
 
-def sqrt_linear_schedule(T=1000, start=0.0015, end=0.0195):
-    """sqrt(beta_t) linear in t: the published latent model, which calls it "linear" (E35)."""
-    return torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+def sqrt_linear_schedule(T=1000, start=None, end=None):
+    """sqrt(beta_t) linear in t: the published latent model, which calls it "linear" (E35).
+
+    From 1.5 / T to 19.5 / T, at most 0.999.
+    """
+    start, end = start or 1.5 / T, end or 19.5 / T
+    beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+    return beta.clamp(max=0.999)
 
 
 def cosine_schedule(T=1000, s=0.008):
@@ -83,7 +92,7 @@ SCHEDULES = dict(linear=linear_schedule, sqrt_linear=sqrt_linear_schedule, cosin
 class Diffusion:
     """The tables of one schedule, and the equations of section 3.5 that read them.
 
-        alpha_t = 1 - beta_t,  alpha_bar_t = prod_{s=1..t} alpha_s
+        alpha_t = 1 - beta_t,  alpha_bar_t = prod_{s=1..t} alpha_s,  beta_bar_t = 1 - alpha_bar_t
         beta_tilde_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
 
     x_t, x_0, eps: (B, ...). t: 1..T (0 = the clean image), an int for the whole batch or (B,).
@@ -95,8 +104,9 @@ class Diffusion:
         self.beta = torch.cat([zero, beta.double()])  # (T + 1,); beta[0] is never used
         self.alpha = 1 - self.beta
         self.alpha_bar = self.alpha.cumprod(0)  # alpha_bar[0] = 1; 3.5.2 starts at s = 0 (E24)
-        before, after = self.alpha_bar[:-1], self.alpha_bar[1:]
-        self.beta_tilde = torch.cat([zero, (1 - before) / (1 - after) * self.beta[1:]])  # [1] = 0
+        self.beta_bar = 1 - self.alpha_bar  # here, because float32 would lose its digits
+        before, after = self.beta_bar[:-1], self.beta_bar[1:]
+        self.beta_tilde = torch.cat([zero, before / after * self.beta[1:]])  # [1] = 0
 
     def at(self, table, t, x):
         """table[t] in the precision and on the device of x, in a shape that multiplies x."""
@@ -114,8 +124,8 @@ class Diffusion:
         step and not of the data (E19). Eq. 3.7 is its mean and variance, but prints x_t on the
         right (E20). 3.5.2 first writes Sigma xi instead of Sigma^(1/2) xi (E23).
         """
-        beta = self.at(self.beta, t, x_prev)
-        return (1 - beta).sqrt() * x_prev + beta.sqrt() * noise
+        alpha, beta = self.at(self.alpha, t, x_prev), self.at(self.beta, t, x_prev)
+        return alpha.sqrt() * x_prev + beta.sqrt() * noise
 
     def q_sample(self, x_0, t, noise):
         """eq. 3.9:  x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) xi.
@@ -124,8 +134,8 @@ class Diffusion:
         alpha_t (1 - alpha_bar_{t-1}) + beta_t = 1 - alpha_bar_t. The steps of the thesis,
         sqrt(beta_t ... beta_1) (E21) and "xi_t = xi_{t-1}" (E22), do not lead to it.
         """
-        alpha_bar = self.at(self.alpha_bar, t, x_0)
-        return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
+        alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_0), self.at(self.beta_bar, t, x_0)
+        return alpha_bar.sqrt() * x_0 + beta_bar.sqrt() * noise
 
     def trajectory(self, x_0, noises):
         """eq. 3.10:  one sample of q(x_{1:T} | x_0) = prod_t q(x_t | x_{t-1}), the steps 3.8 (E25).
@@ -152,19 +162,22 @@ class Diffusion:
         Returns (mean, variance).
         """
         alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
-        alpha_bar, before = self.at(self.alpha_bar, t, x_t), self.at(self.alpha_bar, t - 1, x_t)
-        mean = (alpha.sqrt() * (1 - before) * x_t + before.sqrt() * beta * x_0) / (1 - alpha_bar)
-        return mean, self.at(self.beta_tilde, t, x_t)
+        alpha_bar, beta_bar = (
+            self.at(self.alpha_bar, t - 1, x_t),
+            self.at(self.beta_bar, t - 1, x_t),
+        )
+        mean = alpha.sqrt() * beta_bar * x_t + alpha_bar.sqrt() * beta * x_0
+        return mean / self.at(self.beta_bar, t, x_t), self.at(self.beta_tilde, t, x_t)
 
     def predict_x0(self, x_t, t, eps):
         """eq. 3.9 solved for x_0:  (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
-        alpha_bar = self.at(self.alpha_bar, t, x_t)
-        return (x_t - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+        alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_t), self.at(self.beta_bar, t, x_t)
+        return (x_t - beta_bar.sqrt() * eps) / alpha_bar.sqrt()
 
     def predict_eps(self, x_t, t, x_0):
         """eq. 3.9 solved for the noise:  (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)."""
-        alpha_bar = self.at(self.alpha_bar, t, x_t)
-        return (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_t), self.at(self.beta_bar, t, x_t)
+        return (x_t - alpha_bar.sqrt() * x_0) / beta_bar.sqrt()
 
     def eps_from_v(self, x_t, t, v):
         """The noise if a network predicts v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0.
@@ -173,8 +186,8 @@ class Diffusion:
         squared error of eps is alpha_bar_t times that of v. At strong noise, L_simple therefore
         hardly depends on the clean image and its label; the squared error of v always does.
         """
-        alpha_bar = self.at(self.alpha_bar, t, x_t)
-        return (1 - alpha_bar).sqrt() * x_t + alpha_bar.sqrt() * v
+        alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_t), self.at(self.beta_bar, t, x_t)
+        return beta_bar.sqrt() * x_t + alpha_bar.sqrt() * v
 
     def mu_theta(self, x_t, t, eps):
         """3.5.3, the mean of p_theta(x_{t-1} | x_t), which the thesis does not write out (E29):
@@ -186,8 +199,7 @@ class Diffusion:
         in which no x_0 is given (E28).
         """
         alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
-        alpha_bar = self.at(self.alpha_bar, t, x_t)
-        return (x_t - beta / (1 - alpha_bar).sqrt() * eps) / alpha.sqrt()
+        return (x_t - beta / self.at(self.beta_bar, t, x_t).sqrt() * eps) / alpha.sqrt()
 
     def p_sample(self, x_t, t, eps, noise, variance="beta_tilde"):
         """3.5.3, one ancestral step:  x_{t-1} = mu_theta(x_t, t) + sigma_t noise; none at t = 1.
@@ -222,7 +234,8 @@ class Diffusion:
     def prior_term(self, x_0):
         """eq. 3.15, L_T:  D( q(x_T|x_0) || N(0, I) ). p(x_T), printed p_theta, is fixed (E30)."""
         alpha_bar = self.at(self.alpha_bar, self.T, x_0)
-        return bits_per_dim(gaussian_kl(alpha_bar.sqrt() * x_0, 1 - alpha_bar, 0.0, 1.0))
+        beta_bar = self.at(self.beta_bar, self.T, x_0)
+        return bits_per_dim(gaussian_kl(alpha_bar.sqrt() * x_0, beta_bar, 0.0, 1.0))
 
     def bound_term(self, eps_theta, x_0, t, noise, variance="beta_tilde"):
         """eq. 3.15, L_{t-1}, t >= 2, at one x_t:  D( q(x_{t-1}|x_t, x_0) || p_theta(x_{t-1}|x_t) ).
@@ -280,12 +293,17 @@ def bits_per_dim(nats):
 
 
 def discrete_log_likelihood(x, mu, sigma, levels=256):
-    """log of the mass of N(mu, sigma^2) in the bin of x, a grid of `levels` values in [-1, 1]."""
-    normal = torch.distributions.Normal(torch.zeros((), dtype=x.dtype, device=x.device), 1)
-    half = 1 / (levels - 1)
-    upper = normal.cdf((x + half - mu) / sigma).where(x < 1 - half, torch.ones_like(x))
-    lower = normal.cdf((x - half - mu) / sigma).where(x > -1 + half, torch.zeros_like(x))
-    return (upper - lower).clamp(min=1e-12).log()
+    """log of the mass of N(mu, sigma^2) in the bin of x, a grid of `levels` values in [-1, 1].
+
+    log(Phi(b) - Phi(a)) = log Phi(b) + log(1 - Phi(a) / Phi(b)). Above the mean, the mirror image
+    is computed, -b to -a: far out, Phi is 1 to all digits, but log Phi of the other side is exact.
+    """
+    half, infinity = 1 / (levels - 1), torch.full_like(x, math.inf)
+    b = ((x + half - mu) / sigma).where(x < 1 - half, infinity)
+    a = ((x - half - mu) / sigma).where(x > -1 + half, -infinity)
+    a, b = torch.where(x > mu, -b, a), torch.where(x > mu, -a, b)
+    log_b = torch.special.log_ndtr(b)
+    return log_b + (-torch.expm1(torch.special.log_ndtr(a) - log_b)).log()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import CACHE, UserError, whole_file, write_npy
+from data import UserError, cache_folder, whole_file, write_npy
 from ddpm import SCHEDULES, Diffusion
 from unet import latent_unet, letters_unet, noisy_classifier
 from vqgan import VQGAN, Codebook, GaussianBottleneck, NoBottleneck, PerceptualLoss
@@ -42,6 +42,7 @@ class LabelledDiffusion(nn.Module):
     """
 
     guide_above = 0.0  # default of sample.py: guide only at noise levels above, see `with_cfg`
+    clip = False  # default of sample.py: clamp the predicted x_0, see `with_clipping`
 
     def __init__(self, unet, beta, classes, shape, predict="eps"):
         super().__init__()
@@ -52,6 +53,20 @@ class LabelledDiffusion(nn.Module):
     def device(self):
         """The device of x_t."""
         return next(self.parameters()).device
+
+    def condition(self, y):
+        """4.4.4: the network's argument for the label, n tokens (B, n, context_channels).
+
+        y: labels (B,) or (B, n), or the tokens themselves: any embedding, such as that of a sound,
+        can be the context (1.2, 6.2).
+        """
+        return {"context": y if y.is_floating_point() else self.context(y.view(len(y), -1))}
+
+    def zero_like(self, y):
+        """The zero-label in the form of y, which are labels or tokens."""
+        if y.is_floating_point():
+            return self.context.weight[self.zero_label].to(y).expand(y.shape)
+        return torch.full_like(y, self.zero_label)
 
     def eps(self, x, t, y):
         """eps_theta(x_t, t, y). t: 1..T, an int or (B,)."""
@@ -69,11 +84,15 @@ class LabelledDiffusion(nn.Module):
 
 
 class PixelDiffusion(LabelledDiffusion):
-    """The conditional DDPM in pixel space (4.4.5)."""
+    """The conditional DDPM in pixel space (4.4.5). context: as in `LatentDiffusion`, or None."""
+
+    def __init__(self, unet, context, beta, classes, shape, predict):
+        super().__init__(unet, beta, classes, shape, predict)
+        self.context, self.clip = context, predict == "eps"
 
     def condition(self, y):
-        """The network's argument for the label: `y` is added to the time embedding (fig. 4.6)."""
-        return {"y": y}
+        """Without `context`, the label `y` is added to the time embedding (fig. 4.6)."""
+        return super().condition(y) if self.context else {"y": y}
 
     def decode(self, x):
         """From x_0 to images in [-1, 1], (B, 3, H, W): here they are the same."""
@@ -104,10 +123,6 @@ class LatentDiffusion(LabelledDiffusion):
     def device(self):
         """The device of x_t. FSDP's offloading may keep the weights of the U-Net on another one."""
         return next(self.first_stage.parameters()).device
-
-    def condition(self, y):
-        """The network's argument for the label: n tokens, (B, n, context_channels)."""
-        return {"context": self.context(y.view(len(y), -1))}
 
     @torch.no_grad()
     def encode(self, x):
@@ -158,11 +173,15 @@ def build_model(stage, settings, classes):
 
 
 def build_letters(settings, classes):
-    """The letters model (4.4.5)."""
-    channels, multipliers = settings["channels"], tuple(settings["multipliers"])
-    unet = letters_unet(channels, multipliers, settings["blocks"], len(classes) + 1)
+    """The letters model (4.4.5). Its label is added to the time embedding or, as 4.4.5 compares, is
+    a token that cross-attention reads."""
+    sizes = (settings["channels"], tuple(settings["multipliers"]), settings["blocks"])
+    attention = settings.get("condition") == "attention"  # not in older files
+    width = 4 * settings["channels"] if attention else None
+    unet = letters_unet(*sizes, len(classes) + 1, width)
+    context = nn.Embedding(len(classes) + 1, width) if attention else None
     beta = SCHEDULES[settings["schedule"]](settings["T"])
-    model = PixelDiffusion(unet, beta, classes, (3, 32, 32), settings["predict"])
+    model = PixelDiffusion(unet, context, beta, classes, (3, 32, 32), settings["predict"])
     return model.to(memory_format=torch.channels_last)
 
 
@@ -228,7 +247,7 @@ def encode_set(data, first_stage, flip, device, batch=16):
     """
     images = data.images
     packed = Path(images.filename) if isinstance(images, np.memmap) else None
-    folder = packed.parent if packed and os.access(packed.parent, os.W_OK) else CACHE
+    folder = packed.parent if packed and os.access(packed.parent, os.W_OK) else cache_folder()
     date = packed.stat().st_mtime_ns if packed else 0
     key = f"{data.fingerprint()} {date} {flip} {fingerprint(first_stage)}"
     path = folder / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
@@ -251,13 +270,14 @@ def encode_set(data, first_stage, flip, device, batch=16):
 # --------------------------------------------------------------------------------------------------
 
 
-def save_model(path, stage, settings, classes, update, weights):
+def save_model(path, stage, settings, classes, update, weights, split=None):
     """Everything that `sample.py` needs, in one file.
 
-    settings: a dict; weights: name -> state dict. Training saves "raw" and "ema".
+    settings: a dict; weights: name -> state dict. Training saves "raw" and "ema". split: what the
+    model was not trained on (E68), {"data": fingerprint of the set, "held_out": its rows}.
     """
     content = {"stage": stage, "settings": settings, "classes": list(classes), "update": update}
-    write_checkpoint(path, content | {"weights": weights})
+    write_checkpoint(path, content | {"weights": weights, "split": split})
 
 
 def load_model(path, weights="ema", device="cpu"):
@@ -461,7 +481,7 @@ def averaged(raw, average):
 def check_schedule(state, path):
     """The number of steps of a published model. Its schedule must be ours, up to half precision."""
     beta = state.get("betas", torch.zeros(0)).double()
-    ours = SCHEDULES["sqrt_linear"](len(beta))
+    ours = SCHEDULES["sqrt_linear"](max(1, len(beta)))
     if not len(beta) or not torch.allclose(beta, ours, rtol=1e-3, atol=0):
         found = f"betas {beta[0]:.6f} to {beta[-1]:.6f}" if len(beta) else "no betas"
         expected = "a schedule linear in sqrt(beta) from 0.001500 to 0.019500"

@@ -7,6 +7,7 @@
     python sample.py --run runs/ldm --per-label 64          one folder per label; also with torchrun
     python sample.py --run runs/ldm --scales 1 2 5 15       grids at guidance scales, and a table
     python sample.py --reconstruct paintings                images through a first stage
+    python sample.py --bound letters:validation             bits per dimension, eq. 3.15
 
 For a sampler, a model is a function eps(x, t). Guidance and clipping wrap this function, so a
 sampler knows neither the network nor the label. A sampler is a generator: after each step it yields
@@ -19,6 +20,8 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +33,16 @@ from tqdm import tqdm, trange
 import data
 from data import UserError, to_tensor, to_uint8, whole_file
 from ddpm import Diffusion, classifier_free_guidance, classifier_guided_eps, classifier_guided_mean
-from fid import mean_colour_distances, psnr, variety
+from fid import (
+    compare,
+    gradient_energy,
+    letters_features,
+    mean_colour_distances,
+    offline_features,
+    paintings_features,
+    psnr,
+    variety,
+)
 from ldm import fingerprint, load_model, space_of
 from plots import grid, join, save
 
@@ -83,8 +95,10 @@ def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
     """4.6.1, DDIM: `ddim_step` with sigma = eta sqrt((1 - a')/(1 - a)) sqrt(1 - a/a').
 
     eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling. eta > 0 needs
-    `noise`, a function () -> xi.
+    `noise`, a function () -> xi. ValueError if eta is not between 0 and 1: there is no such step.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta {eta:g}; expected 0 to 1")
     for t, t_next in zip(times, times[1:]):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
         sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
@@ -158,25 +172,28 @@ def with_cfg(model, y, scale, guide_above=0.0):
     """4.4.3, classifier-free guidance as eps(x, t) for the labels y, (B,).
 
     Scale 0 or 1 needs one evaluation (E49). Otherwise one batch holds the zero-label and the label.
+    ValueError for a negative scale.
 
-    guide_above: N (not in the thesis). Guidance is on while the noise sqrt((1 - alpha_bar_t) /
-    alpha_bar_t) is above N; then the scale is 1. Let x_0 of label y be a Gaussian with mean m_y and
-    deviation S. The mean of the samples is then not m_0 + s (m_y - m_0) but
+    guide_above: N (not in the thesis). A scale above 1 holds while the noise is above N, that is
+    sqrt((1 - alpha_bar_t) / alpha_bar_t) > N; then the scale is 1. Let x_0 of label y be a Gaussian
+    with mean m_y and deviation S. The mean of the samples is then not m_0 + s (m_y - m_0) but
 
         m_y + S / sqrt(S^2 + N^2) (s - 1) (m_y - m_0)
 
     So a large scale mostly moves directions of large deviation S, such as the mean colour.
     """
-    zero = torch.full_like(y, model.zero_label)
-    if scale in (0, 1):
-        return lambda x, t: model.eps(x, t, y if scale else zero)
-    labels, alpha_bar = torch.cat([zero, y]), model.diffusion.alpha_bar
+    if not scale >= 0:
+        raise ValueError(f"guidance scale {scale:g}; expected 0 or more")
+    zero, alpha_bar = model.zero_like(y), model.diffusion.alpha_bar
+    labels = torch.cat([zero, y])
 
     def eps(x, t):
-        if 1 - alpha_bar[t] <= guide_above**2 * alpha_bar[t]:
-            return model.eps(x, t, y)
+        above = 1 - alpha_bar[t] > guide_above**2 * alpha_bar[t]
+        s = scale if above else min(scale, 1)
+        if s in (0, 1):
+            return model.eps(x, t, y if s else zero)
         eps_zero, eps_y = model.eps(torch.cat([x, x]), t, labels).chunk(2)
-        return classifier_free_guidance(eps_zero, eps_y, scale)
+        return classifier_free_guidance(eps_zero, eps_y, s)
 
     return eps
 
@@ -203,7 +220,11 @@ def with_classifier(eps, gradient, scale, alpha_bar):
 
 
 def with_clipping(eps, diffusion):
-    """eps(x, t) with x_0 clamped to [-1, 1]: for pixels only; not in the thesis (E29)."""
+    """eps(x, t) with x_0 clamped to [-1, 1]: for pixels only; not in the thesis (E29).
+
+    Where alpha_bar_t is almost 0, `predict_x0` divides the error of eps by it. The cosine schedule
+    begins at 2e-9: without the clamp, no sampler recovers.
+    """
 
     def clipped(x, t):
         x_0 = diffusion.predict_x0(x, t, eps(x, t)).clamp(-1, 1)
@@ -242,15 +263,18 @@ def denoise(
     scale=2.0,
     guide_above=None,
     eta=0.0,
-    clip=False,
+    clip=None,
     classifier=None,
     bf16=False,
 ):
     """Run a sampler for the labels y, (B,), with one seed per image. Yields (t, x, x_0) per step.
 
-    guide_above: see `with_cfg`; default: the model's value. classifier: with it, the classifier
-    guides (4.4.2), and the network sees only the zero-label.
+    y may also be tokens, see `LabelledDiffusion.condition`. guide_above: see `with_cfg`; clip: see
+    `with_clipping`; their default is the model's. classifier: with it, the classifier guides
+    (4.4.2), and the network sees only the zero-label.
     """
+    if eta and sampler != "ddim":
+        raise ValueError(f"eta {eta:g} has no meaning for {sampler}, only for ddim")
     alpha_bar, device, gradient = model.diffusion.alpha_bar, model.device, None
     guide_above = model.guide_above if guide_above is None else guide_above
     noise, y = ImageNoise(seeds, model.shape, device), torch.as_tensor(y, device=device)
@@ -262,7 +286,7 @@ def denoise(
         eps, gradient = autocast(eps), gradient and autocast(gradient)
     if gradient and sampler != "ddpm":
         eps = with_classifier(eps, gradient, scale, alpha_bar)
-    if clip:
+    if model.clip if clip is None else clip:
         eps = with_clipping(eps, model.diffusion)
     more = {"ddpm": (noise, "beta_tilde", gradient, scale), "ddim": (eta, noise)}.get(sampler, ())
     times = timesteps(model.diffusion.T, steps)
@@ -311,11 +335,15 @@ def label_number(model, label):
 def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, progress=True, **more):
     """`count` images per label, one label after the other: (N, H, W, 3) uint8.
 
-    labels: one or a list, see `label_number`; for latent models each may be a list of labels.
+    labels: one or a list, see `label_number`; a list of lists for several tokens; or the tokens
+    themselves, a float tensor (N, n, channels), see `LabelledDiffusion.condition`.
     seeds: one per image; default: seed, seed + 1, ... more: further arguments of `denoise`.
     """
-    labels = [labels] if np.ndim(labels) == 0 else labels
-    y = np.repeat([label_number(model, label) for label in labels], count, axis=0)
+    if torch.is_tensor(labels) and labels.is_floating_point():
+        y = labels.repeat_interleave(count, dim=0)
+    else:
+        labels = [labels] if np.ndim(labels) == 0 else labels
+        y = np.repeat([label_number(model, label) for label in labels], count, axis=0)
     seeds = seed + np.arange(len(y)) if seeds is None else seeds
     parts, images = [slice(i, i + batch) for i in range(0, len(y), batch)], []
     with tqdm(total=len(parts) * steps, unit="step", disable=None if progress else True) as bar:
@@ -331,12 +359,15 @@ def tiles(images, columns, names=None, side=64):
     return grid(images, columns, names, max(1, side // images.shape[1]))
 
 
-def images_by_label(model, columns, seed=0, **more):
-    """5.3.1: (K + 1, columns, H, W, 3) uint8. One row per label, the zero-label last."""
-    rows = len(model.classes) + 1
-    seeds = np.tile(np.arange(seed, seed + columns), rows)
-    images = generate(model, np.arange(rows).repeat(columns), seeds, **more)
-    return images.reshape(rows, columns, *images.shape[1:])
+def images_by_label(model, columns, seed=0, labels=None, **more):
+    """5.3.1: (K + 1, columns, H, W, 3) uint8. One row per label, the zero-label last.
+
+    labels: their numbers (default: all).
+    """
+    rows = [*(range(len(model.classes)) if labels is None else labels), model.zero_label]
+    seeds = np.tile(np.arange(seed, seed + columns), len(rows))
+    images = generate(model, np.repeat(rows, columns), seeds, **more)
+    return images.reshape(len(rows), columns, *images.shape[1:])
 
 
 def draw_rows(images, classes):
@@ -408,19 +439,10 @@ def check_settings(folder, settings):
 
 
 @torch.no_grad()
-def reconstruct(model, originals, batch=8):
-    """4.4.7: decode(encode(x)) of images (N, H, W, 3) uint8.
-
-    Returns the reconstructions in the same form, and two lists with one value per image: the PSNR
-    in decibel, and the L1 distance in [0, 1] of the 8-bit pictures.
-    """
-    device, rebuilt = next(model.parameters()).device, []
-    for i in tqdm(range(0, len(originals), batch), desc="reconstructing", disable=None):
-        x = to_tensor(originals[i : i + batch]).to(device)
-        rebuilt.append(to_uint8(model.decode(model.encode(x))))
-    rebuilt = np.concatenate(rebuilt)
-    x, x_r = to_tensor(originals), to_tensor(rebuilt)
-    return rebuilt, psnr(x, x_r).tolist(), ((x - x_r).abs().mean((1, 2, 3)) / 2).tolist()
+def reconstruct(model, originals):
+    """4.4.7: decode(encode(x)) of images (B, H, W, 3) uint8, in the same form."""
+    x = to_tensor(originals).to(next(model.parameters()).device)
+    return to_uint8(model.decode(model.encode(x)))
 
 
 def open_first_stage(run, args, device):
@@ -432,34 +454,77 @@ def open_first_stage(run, args, device):
     return model, size
 
 
-def open_originals(files, size):
-    """Names and images of files. "paintings" stands for one validation painting per colour."""
-    if files == ["paintings"]:
-        paintings = data.open_set("paintings:validation", size)
-        _, first = np.unique(paintings.labels, return_index=True)
-        return paintings.classes, paintings.images[first]
-    return [Path(file).name for file in files], np.stack(list(data.Files(files, size)))
+def open_originals(items, size):
+    """The image files with these names as a set, or the set of this name (see `data.open_set`).
+
+    "paintings" stands for its validation side.
+    """
+    if not all(Path(item).is_file() and Path(item).suffix != ".npz" for item in items):
+        if len(items) > 1:
+            raise UserError("--reconstruct: name image files or one set")
+        name = items[0] + ":validation" * (items[0] == "paintings")
+        return data.open_set(name, size, pack=False)
+    numbers = np.arange(len(items))
+    return data.ImageSet(data.Files([*map(Path, items)], size), 0 * numbers, numbers, ["all"])
+
+
+def reconstructions(model, found, size, batch):
+    """Yields (row, x, x_r) for the images of a set; only one batch of pixels is held at a time."""
+    images = found.each(size, lambda row, image: None, "reconstructing")
+    while part := list(islice(images, batch)):
+        rows, originals, _ = zip(*part)
+        yield from zip(rows, originals, reconstruct(model, np.stack(originals)))
+
+
+def losses_of(x, x_r):
+    """4.4.7: PSNR in decibels, L1 distance in [0, 1], and the share of the sharpness that is left,
+    of one image and its reconstruction, (H, W, 3) uint8."""
+    x, x_r = to_tensor(x[None]), to_tensor(x_r[None])
+    l1, sharpness = (x - x_r).abs().mean() / 2, gradient_energy(x_r) / gradient_energy(x)
+    return psnr(x, x_r).item(), l1.item(), sharpness.item()
+
+
+LISTED = 40  # so many images are listed one by one; larger sets are compared as sets
 
 
 def write_reconstructions(args, device):
-    """--reconstruct (fig. 4.9): one picture, or a folder with one file per image."""
+    """--reconstruct (4.4.7, fig. 4.9): a picture, or a folder with one file per image."""
     model, size = open_first_stage(args.run or "runs/vqgan", args, device)
     out = Path(args.out or "reconstructions.png")
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not an empty folder; name another with --out")
-    names, originals = open_originals(args.reconstruct, size)
-    rebuilt, decibel, l1 = reconstruct(model, originals, min(args.batch, 8))
-    for name, p, e in [*zip(names, decibel, l1), ("mean", np.mean(decibel), np.mean(l1))]:
-        print(f"{name:{max(map(len, names))}}  PSNR {p:5.2f} dB  L1 {e:.4f}")
+    found = open_originals(args.reconstruct, size)
+    names = [found.name(row) for row in range(len(found.labels))]
+    stems = Counter(Path(name).stem for name in names)
+    first = np.unique(found.labels, return_index=True)[1]  # one per label
+    letters = size == 32 and offline_features(found.classes) == "letters"
+    features = letters_features(device=device) if letters else paintings_features
+    compared = len(names) > LISTED and size >= 32  # what the features need
+    table, pairs, sets = [], [], ([], [])
+    for row, *pair in reconstructions(model, found, size, min(args.batch, 8)):
+        table.append((names[row], *losses_of(*pair)))
+        for rows, image in zip(sets, pair) if compared else ():
+            rows.append(features(torch.from_numpy(image[None])))
+        if out.suffix:
+            wanted = len(pairs) < LISTED and (len(first) == 1 or row in first)
+            pairs += [pair] * wanted
+        else:
+            stem = Path(names[row]).stem
+            stem = stem if stems[stem] == 1 else f"{row:06d}_{stem}"
+            save(Image.fromarray(pair[1]), out / f"{stem}.png")
+    if not table:
+        raise UserError(f"{args.reconstruct[0]}: no image in it can be decoded")
+    mean = "mean", *np.mean([row[1:] for row in table], axis=0)
+    for name, decibel, l1, sharpness in [*table, mean] if len(table) <= LISTED else [mean]:
+        print(f"{name:20}  PSNR {decibel:5.2f} dB  L1 {l1:.4f}  sharpness {sharpness:.2f}")
+    if compared:
+        numbers = compare(*map(torch.cat, sets))
+        print(*(f"{name} {numbers[name]:.3g} " for name in ("frechet", "kernel", "kernel_error")))
     if out.suffix:
-        parts = [(originals[i : i + 8], rebuilt[i : i + 8]) for i in range(0, len(rebuilt), 8)]
-        save(join([tiles(np.concatenate(p), len(p[0]), ["x", "x_r"], 128) for p in parts]), out)
-    else:
-        stems = [Path(name).stem for name in names]
-        for i, (stem, image) in enumerate(zip(stems, rebuilt)):
-            name = stem if stems.count(stem) == 1 else f"{i:06d}_{stem}"
-            save(Image.fromarray(image), out / f"{name}.png")
-    print(f"{out}: {len(rebuilt)} reconstructions")
+        parts = [np.stack(pairs[i : i + 8], axis=1) for i in range(0, len(pairs), 8)]
+        grids = [tiles(np.concatenate(p), p.shape[1], ["x", "x_r"], 128) for p in parts]
+        save(join(grids), out)
+    print(f"{out}: {len(table)} reconstructions")
 
 
 @torch.no_grad()
@@ -486,6 +551,39 @@ def write_prior(args, device):
 
 
 # --------------------------------------------------------------------------------------------------
+# 3.5.4  The bound on -log p(x_0)
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def write_bound(args, device):
+    """--bound: eq. 3.15, `Diffusion.bound`, for images of a set with their labels."""
+    model = load(args.run, args.weights, device, args.compile)
+    if model.stage != "letters":
+        raise UserError("--bound: eq. 3.15 is for pixels; this model diffuses latents")
+    found, n = data.open_set(args.bound, model.shape[1]), args.n or 16
+    rows = np.linspace(0, len(found.labels) - 1, min(n, len(found.labels))).astype(int)
+    x, y = found.batch(rows, device)
+    if found.classes != model.classes:
+        y = torch.full_like(y, model.zero_label)
+    draw, T = ImageNoise(args.seed + np.arange(len(rows)), model.shape, device), model.diffusion.T
+    bar = tqdm(range(1, T + 1), "bound", unit="step", disable=None)
+    steps = iter(bar)
+
+    def noise(t):
+        next(steps)
+        return draw()
+
+    terms = model.diffusion.bound(lambda x, t: model.eps(x, t, y), x, noise)
+    bar.close()
+    total, error = terms.sum(1), terms.sum(1).std() / len(rows) ** 0.5
+    parts = {"L_0": terms[:, 0], f"L_1 to L_{T - 1}": terms[:, 1:-1].sum(1), f"L_{T}": terms[:, -1]}
+    for name, value in parts.items():
+        print(f"{name:12} {value.mean():8.4f}")
+    print(f"{'bound':12} {total.mean():8.4f} +- {error:.4f} bits per dimension, {len(rows)} images")
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -499,8 +597,10 @@ def parse():
     mode.add_argument("--strip", action="store_true", help="the denoising path")
     mode.add_argument("--gif", action="store_true", help="the denoising path as a film")
     mode.add_argument("--per-label", type=int, help="this many files out/<label>/<seed>.png")
-    mode.add_argument("--reconstruct", nargs="+", help="images through a first stage, or paintings")
+    mode.add_argument("--reconstruct", nargs="+", help="images or a set through a first stage")
     mode.add_argument("--prior", nargs="+", help="run folders of first stages: decode z ~ N(0, I)")
+    bound = {"nargs": "?", "const": "letters:validation"}
+    mode.add_argument("--bound", **bound, help="bits per dimension of a set (letters:validation)")
     add("--run", help="run folder or model file (default runs/letters, else assets/letters.pt)")
     add("--label", help="a name or number; none = unconditional (default)")
     add("--n", type=int, help="images or columns (default 16; --gif 32, --grid 8, --strip 2)")
@@ -514,7 +614,8 @@ def parse():
     guidance = ("classifier-free", "classifier")
     add("--guidance", choices=guidance, default=guidance[0], help="4.4.3 or 4.4.2 (default 4.4.3)")
     add("--classifier", help="its run folder or file (default runs/classifier)")
-    add("--clip", action="store_true", help="clamp the predicted x_0 to [-1, 1]")
+    clips = "clamp the predicted x_0 to [-1, 1] (default: for pixel models that predict eps)"
+    add("--clip", action=argparse.BooleanOptionalAction, help=clips)
     add("--size", type=int, help="pixels, of a latent model or first stage (default: as trained)")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw (ema)")
     add("--batch", type=int, default=64, help="images per batch (default 64)")
@@ -635,8 +736,11 @@ def main():
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     data.tune(data.check_device(device))
-    other = write_reconstructions if args.reconstruct else write_prior if args.prior else None
-    (other or write_samples)(args, device)
+    others = {"reconstruct": write_reconstructions, "prior": write_prior, "bound": write_bound}
+    write = [function for name, function in others.items() if getattr(args, name)] or [
+        write_samples
+    ]
+    write[0](args, device)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ checkpoints, the loop.
 import argparse
 import contextlib
 import csv
-import io
 import math
 import operator
 import os
+import shlex
 import signal
 import sys
 import time
@@ -78,7 +78,9 @@ class Settings:
 
     data: str = setting("letters", "images to train on, see data.open_set", path=True, resume=True)
     out: str = setting("runs/letters", "run folder", resume=True)
-    model: str = setting("auto", "auto = thesis on a GPU", choices=("auto", "small", "thesis"))
+    model: str = setting(
+        "auto", "auto = thesis on a large GPU", choices=("auto", "small", "thesis")
+    )
     updates: int = setting(20_000, "updates to train", above=0, resume=True)
     batch: int = setting(512, "images per update, of all processes together", above=0)
     accumulate: int = setting(1, "compute a batch in so many parts", above=0, resume=True)
@@ -135,6 +137,14 @@ class Diffusion(Settings):
 @dataclass
 class Letters(Diffusion):
     """`--stage letters`: the conditional DDPM on letters (4.4.5)."""
+
+    condition: str = setting(
+        "sum", "the label: sum with t (fig. 4.6) or attention (4.4.4)", choices=("sum", "attention")
+    )
+
+    def complete(self):
+        self.multiple = 32 if self.condition == "attention" else 16  # 32 channels per head
+        super().complete()
 
 
 @dataclass
@@ -216,6 +226,8 @@ class FirstStage(Settings):
             raise UserError(f"--init {self.init}: not a first stage")
         names = "channels multipliers bottleneck z_channels codes blocks attention_levels groups"
         found = {name: model.settings[name] for name in names.split()} | {"quantise_from": 0}
+        if not model.update:  # a published file goes on with the loss it was trained with (E14)
+            found["released"] = model.settings["released"]
         if "discriminator" in losses:
             kernels = [value for value in losses["discriminator"].values() if value.ndim == 4]
             found |= {"disc_channels": len(kernels[0]), "disc_layers": len(kernels) - 2}
@@ -280,6 +292,10 @@ class Latent(Diffusion):
 
     def complete(self):
         super().complete()
+        if self.schedule == "cosine" and self.predict == "eps":
+            raise UserError(
+                "--schedule cosine: latents need --predict v, their eps cannot be clipped"
+            )
         several = dist.is_initialized() and self.strategy == "fsdp"
         if self.cpu_offload and not several or self.compile and several:
             raise UserError(
@@ -336,13 +352,19 @@ def parse(arguments=None):
     return stage, typed, resume
 
 
+LARGE_GPU = 20 * 2**30  # bytes from which on the thesis's sizes are the default
+
+
 def new_settings(Kind, typed):
     """The settings of a new run: typed, else given by another model, else those of the size."""
     device, size = typed.get("device", "auto"), typed.get("model", "auto")
-    device = data.best_device() if device == "auto" else device
+    device = data.check_device(data.best_device() if device == "auto" else device)
     if size == "auto":
-        size = "small" if device == "cpu" else "thesis"
-        print(f"--model {size}: {'no GPU here' if size == 'small' else 'a GPU is there'}")
+        gpu = torch.device(device).type == "cuda" and torch.cuda.get_device_properties(device)
+        large = bool(gpu) and gpu.total_memory > LARGE_GPU
+        size, other = ("thesis", "small") if large else ("small", "thesis")
+        why = f"{'a' if large else 'no'} GPU with more than {LARGE_GPU / 2**30:.0f} GiB here"
+        print(f"--model {size}: {why}; --model {other} is the other one (see --help)")
     values = (SMALL[Kind] if size == "small" else {}) | typed | {"device": device, "model": size}
     for name, value in Kind(**values).given().items():
         if typed.get(name, value) != value:
@@ -452,13 +474,19 @@ class Stage:
             self.data = data.open_set(s.data, size, labels)
         self.classes, self.figures = self.data.classes, {}
         print(self.data.report())
-        self.train_rows, self.validation_rows = self.data.split()
-        if not len(self.validation_rows) and not s.overfit:
+        self.divide(self.data.split()[1])
+        torch.manual_seed(s.seed)
+
+    def divide(self, held_out):
+        """E68: validate with the rows `held_out`, train on the others."""
+        s, self.held_out = self.settings, held_out
+        self.validation_rows = held_out
+        self.train_rows = np.delete(np.arange(len(self.data.labels)), held_out)
+        if not len(held_out) and not s.overfit:
             raise UserError(f"{s.data}: too few sources; a label needs two, one to validate with")
         if s.overfit:
             self.train_rows = self.validation_rows = self.train_rows[: s.overfit]
         self.train_labels = self.data.labels[self.train_rows]
-        torch.manual_seed(s.seed)
 
     def rows(self, n):
         s = self.settings
@@ -543,9 +571,10 @@ class DiffusionStage(Stage):
     def preview(self, path, final=False):
         """One row per label, the zero-label last, and the distance from the colours (5.4.1)."""
         columns, steps = (6, 50) if final else (4, 20)
+        labels = spread(np.arange(len(self.classes)), 40)  # more rows would take long
         how = {"steps": min(steps, self.settings.T), "scale": self.scale, "progress": False}
-        images = images_by_label(self.model, columns, **how)
-        save_picture(draw_rows(images, self.classes), path)
+        images = images_by_label(self.model, columns, labels=labels, **how)
+        save_picture(draw_rows(images, [self.classes[label] for label in labels]), path)
         distances = mean_colour_distances(images, self.classes)
         return {} if distances is None else {"colour_distance": distances.mean().item()}
 
@@ -655,7 +684,7 @@ class ClassifierStage(DiffusionStage):
             self.encode(guided.first_stage.to(s.device))
             self.latent_scale = guided.latent_scale
         if s.run:
-            self.next += f" --run {s.run}"
+            self.next += f" --run {shlex.quote(s.run)}"
         self.model = ldm.build_classifier(asdict(s), self.classes).to(s.device)
         if s.compile:
             self.model.network.compile()
@@ -1115,7 +1144,7 @@ def checkpoint_activations(unet):
 # --------------------------------------------------------------------------------------------------
 
 KEPT = 2
-CONTENT = {"stage", "settings", "data", "update", "run", "seconds", "best", "tensors"}
+CONTENT = {"stage", "settings", "data", "held_out", "update", "run", "seconds", "best", "tensors"}
 
 
 def checkpoints(out):
@@ -1146,8 +1175,9 @@ def save(out, stage, players, ema, progress, best, checkpoint):
     raw = {k.removeprefix("train."): v for k, v in tensors.items() if k.startswith("train.")}
     average = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
     about = progress["stage"], progress["settings"], stage.classes, progress["update"]
+    split = {name: progress[name] for name in ("data", "held_out")}
     for name in ["best.pt"] * bool(best) + ["model.pt"] * bool(checkpoint):
-        ldm.save_model(out / name, *about, {"raw": raw, "ema": raw | average})
+        ldm.save_model(out / name, *about, {"raw": raw, "ema": raw | average}, split)
     if checkpoint:  # its file last: after a kill, all the rest is computed again
         plots.draw_losses(plots.log_rows(out / "log.csv"), out / "loss.png", stage.loss_name)
         path = out / f"checkpoint_{progress['update']:08d}.pt"
@@ -1331,7 +1361,10 @@ def train(name, typed, resume):
     players, fingerprint = stage.players(), stage.data.fingerprint()
     if progress.setdefault("data", fingerprint) != fingerprint:
         raise UserError(f"--data {s.data}: not the images with which this run began")
-    if not resume:
+    if resume:
+        stage.divide(np.array(progress["held_out"], np.int64))
+    else:
+        progress["held_out"] = stage.held_out.tolist()
         stage.start(resumed=False)
     parallel(players, s)
     for player in players:
@@ -1360,7 +1393,8 @@ def train(name, typed, resume):
     if stopped:
         print(f"stopped and saved after update {progress['update']}; to go on, add --resume")
         sys.exit(128 + stopped)
-    print(f"{out / stage.picture} shows what the model can do; next: {stage.next.format(out=out)}")
+    command = stage.next.format(out=shlex.quote(str(out)))
+    print(f"{out / stage.picture} shows what the model can do; next: {command}")
 
 
 def claim(out, run):
@@ -1420,7 +1454,8 @@ def in_company(program, device="auto"):
 
     code, others = 1, int(os.environ["LOCAL_RANK"]) > 0
     try:
-        with contextlib.redirect_stderr(io.StringIO()) if others else contextlib.nullcontext():
+        silent = contextlib.redirect_stderr(open(os.devnull, "w"))  # noqa: SIM115
+        with silent if others else contextlib.nullcontext():
             data.run_program(joined)
         code = 0
     except SystemExit as end:

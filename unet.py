@@ -373,14 +373,19 @@ class NoisyClassifier(Encoder):
 # --------------------------------------------------------------------------------------------------
 
 
-def letters_unet(channels, multipliers, blocks, num_labels):
+def letters_unet(channels, multipliers, blocks, num_labels, context_channels=None):
     """4.4.5: the shallow U-Net for 32 x 32 letters; "4 down and up-sampling layers": 4 multipliers.
 
     With one block per level, linear attention stands right before each down- and up-sampling. The
     groups have at least 16 channels, because smaller ones are slow on a CPU in bfloat16.
+    context_channels: the label is not added to the time embedding but is a token of this width for
+    cross-attention, on all levels but the first, which has too many positions.
     """
     groups = max(1, channels // 16)
     attentions = [partial(LinearAttention, groups=groups)] * len(multipliers)
+    if context_channels:
+        cross = partial(SpatialTransformer, context_channels=context_channels, groups=groups)
+        attentions[1:], num_labels = [cross] * (len(multipliers) - 1), None
     return UNet(3, channels, multipliers, blocks, attentions, num_labels, groups)
 
 

@@ -179,6 +179,16 @@ class VGG16(nn.Module):
         return features
 
 
+def outside_autocast(forward):
+    """A forward pass in the precision of its images: bf16 would drown small differences."""
+
+    def call(self, *images):
+        with torch.autocast(images[0].device.type, enabled=False):
+            return forward(self, *images)
+
+    return call
+
+
 class PerceptualLoss(nn.Module):
     """3.2.2, as in VQ-GAN: LPIPS, a weighted L2 between normalised VGG16 features (E09).
 
@@ -202,6 +212,7 @@ class PerceptualLoss(nn.Module):
             setattr(self, f"lin{i}", nn.ModuleDict({"model": head}))
         self.requires_grad_(False)
 
+    @outside_autocast
     def forward(self, x, y):
         total = 0.0
         for i, (f_x, f_y) in enumerate(zip(self.features(x), self.features(y))):
@@ -246,8 +257,9 @@ class PatchDiscriminator(nn.Module):
             elif isinstance(layer, nn.BatchNorm2d):
                 nn.init.normal_(layer.weight, 1.0, 0.02)
 
+    @outside_autocast
     def forward(self, x):
-        return self.main(x).to(x.dtype)  # full precision under autocast too
+        return self.main(x)
 
 
 def discriminator_loss(real, fake, kind="hinge"):

@@ -392,8 +392,9 @@ def test_a_set_is_packed_once_and_again_when_it_changed(tmp_path, monkeypatch):
 
 def test_read_only_folders_are_packed_into_the_cache(tmp_path, monkeypatch):
     write_paintings(tmp_path / "set", 3)
-    monkeypatch.setattr(data.os, "access", lambda path, mode: False)
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(data.os, "access", lambda path, mode: path.is_relative_to(cache))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     assert len(open_set(tmp_path / "set", 16, "rgb").images) == 3
     assert not list(tmp_path.glob("set.packed*")) and list((tmp_path / "cache").rglob("images.npy"))
 
@@ -551,7 +552,7 @@ def test_embedded_letters():
 
 
 def test_the_default_set_is_painted_once_and_balanced(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     small = data.paint_set
     monkeypatch.setattr(
         data, "paint_set", lambda folder, size, **how: small(folder, size, 24, **how)

@@ -65,7 +65,9 @@ def test_the_loss_of_v_is_the_squared_error_of_v():
 
 def test_decoded_pictures_stay_in_range():
     far = 9 * randn(2, 3, 32, 32)
-    letters = ldm.PixelDiffusion(torch.nn.Identity(), SCHEDULES["linear"](), ["A"], (3, 32, 32))
+    letters = ldm.PixelDiffusion(
+        torch.nn.Identity(), None, SCHEDULES["linear"](), ["A"], (3, 32, 32), "eps"
+    )
     assert torch.equal(letters.decode(far), far.clamp(-1, 1))
     model, z = tiny(), 50 * randn(1, 4, 8, 8)
     torch.testing.assert_close(model.decode(z), model.first_stage.decode(z / 0.5).clamp(-1, 1))

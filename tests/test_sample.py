@@ -325,6 +325,9 @@ class GaussianModel:
     def __init__(self):
         self.batches = []
 
+    def zero_like(self, y):
+        return torch.full_like(y, 2)
+
     def eps(self, x, t, y):
         self.batches.append(y.tolist())
         return exact_eps(x, t, m=self.means[y])
