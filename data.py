@@ -222,7 +222,8 @@ class ImageSet:
 
     def each(self, size, function, title):
         """Yields (row, image, function(row, image)) for all images, (size, size, 3) uint8, in their
-        order. Threads read them. At the end, one line names those that could not be decoded."""
+        order. Threads read them. At the end, one line names those that could not be decoded.
+        UserError if none could."""
 
         def load(row):
             try:
@@ -244,6 +245,8 @@ class ImageSet:
                 yield row, image, value
         if left_out:
             some = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+            if len(left_out) == len(rows):
+                raise UserError(f"{title}: no image can be decoded: {some}")
             note = f"note: {title}: {len(left_out)} of {len(rows):,} left out: {some}"
             print(note, file=sys.stderr)
 

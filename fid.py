@@ -473,8 +473,6 @@ def measure(name, images, features, size, batch=32):
         x.append(features(torch.from_numpy(np.stack(pixels))))
         rows += numbers
         colours += values
-    if not rows:
-        raise UserError(f"{name}: none of its images can be decoded")
     x, colours, labels = torch.cat(x), np.array(colours), images.labels[rows]
     members = {images.classes[i]: labels == i for i in np.unique(labels)} | {"all": slice(None)}
     return {label: (x[chosen], colours[chosen]) for label, chosen in members.items()}

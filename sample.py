@@ -512,8 +512,6 @@ def write_reconstructions(args, device):
             stem = Path(names[row]).stem
             stem = stem if stems[stem] == 1 else f"{row:06d}_{stem}"
             save(Image.fromarray(pair[1]), out / f"{stem}.png")
-    if not table:
-        raise UserError(f"{args.reconstruct[0]}: no image in it can be decoded")
     mean = "mean", *np.mean([row[1:] for row in table], axis=0)
     for name, decibel, l1, sharpness in [*table, mean] if len(table) <= LISTED else [mean]:
         print(f"{name:20}  PSNR {decibel:5.2f} dB  L1 {l1:.4f}  sharpness {sharpness:.2f}")

@@ -740,3 +740,156 @@ def test_tuning_keeps_float32_products_in_float32_and_leaves_other_devices_alone
         assert error < 1e-3
     finally:
         matmul.fp32_precision = before
+
+
+# ----------------------------------------------------- faults that were found by trying the product
+
+ADOBE_RGB = [[0.60974, 0.31111, 0.01947], [0.20528, 0.62567, 0.06087], [0.14919, 0.06322, 0.74457]]
+SRGB_D50 = [[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]]
+
+
+def icc_profile(space, tags):
+    """A colour profile (version 2.1): the header, the table of the tags, and their data."""
+    table, blobs, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for name, blob in tags.items():
+        table += name + struct.pack(">II", offset, len(blob))
+        blobs, offset = blobs + blob, offset + len(blob)
+    white = struct.pack(">3i", *np.rint(np.array([0.9642, 1.0, 0.8249]) * 65536).astype(int))
+    connection = b"Lab " if b"A2B0" in tags else b"XYZ "
+    head = struct.pack(">I4x", offset) + b"\x02\x10\x00\x00mntr" + space + connection
+    head = head.ljust(36, b"\0") + b"acsp"
+    return (head.ljust(68, b"\0") + white).ljust(128, b"\0") + table + blobs
+
+
+def rgb_profile(primaries, gamma):
+    tags = {}
+    for name, colour in zip(b"rgb", primaries):
+        xyz = struct.pack(">3i", *np.rint(np.array(colour) * 65536).astype(int))
+        tags[bytes([name]) + b"XYZ"] = b"XYZ \0\0\0\0" + xyz
+        curve = b"curv\0\0\0\0" + struct.pack(">IH2x", 1, round(gamma * 256))
+        tags[bytes([name]) + b"TRC"] = curve
+    tags[b"wtpt"] = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
+    return icc_profile(b"RGB ", tags)
+
+
+def cmyk_profile():
+    """Lightness falls from 100 to 0 with the black ink. The table has two entries per ink."""
+    identity = struct.pack(">9i", *np.rint(np.eye(3).ravel() * 65536).astype(int))
+    ramp, colours = bytes(range(256)), bytes([255, 128, 128, 0, 128, 128] * 8)
+    table = b"mft1\0\0\0\0\x04\x03\x02\0" + identity + 4 * ramp + colours + 3 * ramp
+    return icc_profile(b"CMYK", {b"A2B0": table, b"wtpt": b"XYZ \0\0\0\0" + bytes(12)})
+
+
+def test_b1_colour_profiles_become_srgb(tmp_path):
+    """Against the formulas of the spaces; the label is that of the picture that people see."""
+    pixel = (180, 60, 90)
+    linear = (np.array(pixel) / 255) ** 2.19921875 @ np.array(ADOBE_RGB)  # XYZ at D50
+    linear = np.linalg.inv(np.array(SRGB_D50)) @ linear
+    expected = 255 * np.where(
+        linear > 0.0031308, 1.055 * linear ** (1 / 2.4) - 0.055, 12.92 * linear
+    )
+    adobe = rgb_profile(ADOBE_RGB, 2.19921875)
+    grey_curve = b"curv\0\0\0\0" + struct.pack(">IH2x", 1, 256)  # linear light
+    grey = icc_profile(b"GRAY", {b"kTRC": grey_curve, b"wtpt": b"XYZ \0\0\0\0" + bytes(12)})
+    for name, mode, value, profile, want, tolerance in (
+        ("adobe.png", "RGB", pixel, adobe, expected, 2),
+        ("adobe.jpg", "RGB", pixel, adobe, expected, 4),
+        ("clear.png", "RGBA", (*pixel, 0), adobe, (255, 255, 255), 0),
+        ("palette.png", "P", pixel, adobe, expected, 2),
+        ("grey.png", "L", 128, grey, (188, 188, 188), 2),
+        ("ink.tif", "CMYK", (9, 99, 9, 127), cmyk_profile(), (119, 119, 119), 4),
+        ("wrong.png", "RGB", pixel, cmyk_profile(), pixel, 0),  # of other pixels
+        ("damaged.png", "RGB", pixel, b"no profile", pixel, 0),
+        ("none.png", "RGB", pixel, None, pixel, 0),
+    ):
+        image = Image.new("RGB" if mode == "P" else mode, (16, 16), value)
+        image = image.quantize(4) if mode == "P" else image
+        image.save(tmp_path / name, **({"icc_profile": profile} if profile else {}))
+        found = decode(tmp_path / name, 16)
+        assert np.abs(found - np.array(want, float)).max() <= tolerance, name
+
+
+def test_a10_large_texts_and_profiles_do_not_hide_a_picture(tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("history", "x" * 3_000_000, zip=True)
+    halves().save(tmp_path / "text.png", pnginfo=text)
+    profile = rgb_profile(ADOBE_RGB, 2.2) + bytes(3_000_000)
+    halves().save(tmp_path / "profile.png", icc_profile=profile)
+    looks_like(decode(tmp_path / "text.png", 32))
+    assert decode(tmp_path / "profile.png", 64).shape == (64, 64, 3)
+
+
+def test_b15_a22_what_pillow_opens_is_an_image_and_the_rest_is_counted(tmp_path):
+    """Not the pictures in folders of systems, such as the thumbnails of a NAS."""
+    root = tmp_path / "set"
+    for name in ("a.jfif", "b.jpe", "c.ppm", "d.tga", "e.jp2", "@eaDir/f.png", ".g/h.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        kind = {".jfif": "JPEG", ".jpe": "JPEG"}.get(Path(name).suffix)
+        halves().save(root / name, kind)
+    for name in ("notes.txt", "more.txt", "photo.cr2", "SOURCES.csv"):
+        (root / name).write_text("file,source\n")
+    found = open_set(root, 16)
+    assert len(found.labels) == 5
+    assert "files of other kinds passed over: 2 .txt, 1 .cr2" in found.report()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "raw.cr2").touch()
+    with pytest.raises(UserError, match="no images in it or below it; other files: 1 .cr2"):
+        open_set(tmp_path / "empty", 16)
+
+
+def test_a17_parts_of_a_set_and_archives_are_named(tmp_path):
+    for part in ("train", "val"):
+        for name in "ab":
+            folder = tmp_path / "set" / part / name
+            folder.mkdir(parents=True)
+            halves().save(folder / "0.png")
+    with pytest.raises(UserError, match="train, val are parts of a set, not classes; name one"):
+        open_set(tmp_path / "set", 16)
+    assert open_set(tmp_path / "set" / "train", 16).classes == ["a", "b"]
+    np.savez(tmp_path / "set.npz", **{f"image{i}": 0 for i in range(200)})
+    (tmp_path / "set.npz").rename(tmp_path / "set.zip")
+    with pytest.raises(UserError, match="not an .npz file; unpack it first") as error:
+        open_set(tmp_path / "set.zip", 16)
+    assert len(str(error.value)) < 200
+
+
+def test_a19_a_machine_without_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert data.cache_folder() == tmp_path / "xdg" / "color-diffusion"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(data.Path, "home", no_home)
+    assert data.cache_folder() == tmp_path / "color-diffusion"
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(data.Path, "home", lambda: tmp_path / "file")  # nothing can be made in it
+    assert data.cache_folder() == tmp_path / "color-diffusion"
+
+
+def test_a19_class_names_that_are_no_utf8(tmp_path, run):
+    for name in (b"caf\xe9", b"tea"):
+        folder = os.path.join(os.fsencode(tmp_path), b"set", name)
+        os.makedirs(folder)
+        halves().save(tmp_path / "x.png")
+        os.rename(tmp_path / "x.png", os.path.join(folder, b"0.png"))
+    code, out, err = run("data", "letters", "--data", tmp_path / "set")
+    assert code == 0 and "caf\\udce9" in out, err
+
+
+def test_a11_a_failed_compilation_is_one_clear_line(capsys):
+    def compiler(graph, example):
+        raise OSError("no C++ compiler")
+
+    def main():
+        torch.compile(lambda x: x + 1, backend=compiler)(torch.zeros(2))
+
+    with pytest.raises(SystemExit) as end:
+        data.run_program(main)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: --compile does not work here")
+    assert "leave it out" in err and len(err.splitlines()) == 1

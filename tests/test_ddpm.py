@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from torch.testing import assert_close
 
@@ -581,3 +582,65 @@ def test_eps_from_v_and_what_l_simple_sees_of_it():
     assert_close(D.eps_from_v(x_t, T, v), NOISE)
     wrong = D.eps_from_v(x_t, T, v + 0.1) - NOISE
     assert_close(wrong.square(), (a * 0.01).expand(4, 3))
+
+
+# ----------------------------------------------------- faults that were found by trying the product
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule, sqrt_linear_schedule, cosine_schedule])
+def test_a6_fewer_steps_end_in_the_same_noise(schedule):
+    """With betas that do not depend on T, T = 100 would end at sqrt(alpha_bar) = 0.6."""
+    whole = Diffusion(schedule()).alpha_bar[-1].sqrt()
+    for T in (50, 100, 4000):
+        end = Diffusion(schedule(T)).alpha_bar[-1].sqrt()
+        assert end < 0.02 and abs(end - whole) < 0.01
+    assert (schedule(3) <= 0.999).all()
+
+
+def test_b5_one_minus_alpha_bar_keeps_its_digits():
+    """Formed after the cast to float32 it costs 3 % of sigma, and bf16 images get no noise."""
+    x_0, noise = randn(4, 3, 8, 8), randn(4, 3, 8, 8, seed=1)
+    for schedule in (linear_schedule(), sqrt_linear_schedule(), cosine_schedule()):
+        d = Diffusion(schedule)
+        for t in (2, 3, 5, 900):
+            x_t = d.q_sample(x_0, t, noise)
+            exact, variance = d.posterior(x_t, x_0, t)
+            found, _ = d.posterior(x_t.float(), x_0.float(), t)
+            assert (found - exact).abs().max() < 1e-3 * variance.sqrt()
+            perfect = d.bound_term(lambda x, t: noise.float(), x_0.float(), t, noise.float())
+            assert perfect.abs().max() < 1e-5
+    noised = D.q_sample(torch.zeros(1000, dtype=torch.bfloat16), 5, torch.ones(1000).bfloat16())
+    assert noised[0].item() == pytest.approx(math.sqrt(D.beta_bar[5]), rel=0.01)
+
+
+def test_b7_a_grey_level_far_from_the_mean_has_its_exact_probability():
+    """Six deviations away: log of 9.9e-10 and not of a floor. With scipy's normal law."""
+    x, sigma = torch.tensor([0.0, 0.0]), torch.tensor(0.05)
+    mu = torch.tensor([-0.3, 0.3])
+    a, b = (0.3 - 1 / 255) / 0.05, (0.3 + 1 / 255) / 0.05
+    exact = math.log(scipy.stats.norm.sf(a) - scipy.stats.norm.sf(b))
+    found = discrete_log_likelihood(x, mu, sigma)
+    assert found.tolist() == pytest.approx([exact, exact], rel=1e-4)
+    far = discrete_log_likelihood(torch.tensor([1.0]), torch.tensor([-1.0]), torch.tensor(0.02))
+    assert far.item() == pytest.approx(scipy.stats.norm.logsf((2 - 1 / 255) / 0.02), rel=1e-4)
+
+
+def test_grey_levels_sum_to_1_at_both_ends():
+    for levels in (256, 4):
+        grid = torch.linspace(-1, 1, levels, dtype=torch.float64)
+        for mu in (-0.97, 0.97, 1.0):
+            arguments = (torch.tensor(v, dtype=torch.float64) for v in (mu, 0.03))
+            p = discrete_log_likelihood(grid, *arguments, levels).exp()
+            assert p.sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_the_terms_of_the_bound_get_variance_and_levels():
+    d, x = Diffusion(linear_schedule(5, 0.05, 0.5)), randn(2, 3)
+
+    def eps(x, t):
+        return torch.tanh(x)
+
+    terms = d.bound(eps, x, lambda t: randn(2, 3, seed=t), "beta")
+    torch.testing.assert_close(terms[:, 2], d.bound_term(eps, x, 3, randn(2, 3, seed=3), "beta"))
+    coarse, fine = (d.data_term(eps, 0 * x, randn(2, 3), levels) for levels in (4, 256))
+    assert (coarse < fine - 3).all()  # a bin is 85 times as wide

@@ -609,3 +609,41 @@ def test_downloads_are_checked(monkeypatch, no_inception, refused, tmp_path):
     real = write_set(tmp_path / "real", [""], 2)
     message = refused("fid", "--real", real, "--fake", f"same={real}", "--download")
     assert "cannot fetch" in message and "(no network)" in message
+
+
+# ----------------------------------------------------- faults that were found by trying the product
+
+
+def test_inception_is_given_values_from_0_to_1_without_antialiasing():
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x.flatten(1)
+
+    image = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 3, 1).expand(1, 1, 3, 3)
+    fid.inception_features(Spy())(image)
+    assert seen[0][0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
+
+
+def test_gradient_energy_counts_both_directions_alike():
+    ramp = (torch.arange(8.0) / 8).expand(1, 3, 8, 8)
+    assert gradient_energy(ramp.transpose(2, 3)).item() == pytest.approx(1 / 8)
+    assert gradient_energy(ramp + ramp.transpose(2, 3) - 1).item() == pytest.approx(2 / 8)
+
+
+def test_the_marks_say_what_cannot_be_compared():
+    """* as many images as features or fewer; ? fewer than 100; ! counts that differ (B13)."""
+    x = randn(2000, 8)
+    assert "*" in fid.compare(x[:8], x[8:16])["marks"]
+    assert "*" not in fid.compare(x[:9], x[9:18])["marks"]
+    assert "?" in fid.compare(x[:99], x[99:198])["marks"]
+    assert not {"?", "!"} & {*fid.compare(x[:100], x[100:300])["marks"]}
+    assert "!" in fid.compare(x[:1500], x[1500:1700])["marks"]
+
+
+def test_b13_precision_of_one_law_against_itself_falls_with_unequal_counts():
+    a, b = randn(2000, 130), randn(2000, 130, seed=1)
+    equal, unequal = precision_recall(a[:200], b[:200])[0], precision_recall(a, b[:200])[0]
+    assert unequal < equal - 0.03

@@ -637,3 +637,23 @@ def test_the_small_model_guides_where_the_noise_is_strong_and_says_so(
     assert "--guide-above -1: expected 0 or more" in refused("sample", *common, "--guide-above", -1)
     message = refused("sample", *common, "--guide-above", 1, "--guidance", "classifier")
     assert "--guide-above: not with --guidance classifier" in message
+
+
+# ----------------------------------------------------- faults that were found by trying the product
+
+
+def test_1_4_any_embedding_can_be_the_context(undisturbed):
+    """Tokens instead of labels, through `generate`: those of a label draw the label's pictures, and
+    guidance starts from the zero-label."""
+    model = load_model(undisturbed)
+    for p in model.unet.parameters():
+        p.data += 0.02 * torch.randn_like(p, generator=None)
+    how = {"seeds": [1, 2], "steps": 2, "progress": False, "scale": 3.0}
+    tokens = model.context.weight.detach()[[0, 2]][:, None]
+    by_label, by_token = (generate(model, y, **how) for y in ([0, 2], tokens))
+    assert np.array_equal(by_label, by_token)
+    other = generate(model, tokens + torch.randn(tokens.shape), **how)
+    assert other.shape == by_label.shape and not np.array_equal(other, by_label)
+    zero = model.zero_like(tokens.expand(2, 3, -1))
+    assert zero.shape == (2, 3, tokens.shape[2])
+    assert torch.equal(zero[1, 2], model.context.weight[model.zero_label])

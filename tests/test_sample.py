@@ -21,7 +21,7 @@ from conftest import make_tiny_model
 from PIL import Image
 
 import sample
-from data import ALPHABET, UserError
+from data import ALPHABET, UserError, open_set
 from ddpm import Diffusion, cosine_schedule, linear_schedule
 from ldm import build_classifier, load_model, save_model
 from sample import (
@@ -757,3 +757,118 @@ def test_bad_model_files_are_one_clear_line(refused, tiny_model, tmp_path, monke
     }.items():
         assert words in refused("sample", "--run", tmp_path / name)
     assert list(tmp_path.glob("*.png")) == []
+
+
+# ----------------------------------------------------- faults that were found by trying the product
+
+
+def test_sampling_starts_from_a_standard_normal(tiny_model):
+    model, seen = sample.load(tiny_model), []
+    model.eps = lambda x, t, y: seen.append(x) or torch.zeros_like(x)
+    list(denoise(model, [0] * 64, np.arange(64), steps=1, scale=1.0))
+    assert abs(seen[0].std() - 1) < 0.01 and abs(seen[0].mean()) < 0.01
+
+
+def test_eq_4_1_shifts_by_the_variance_that_is_asked_for():
+    def one(x, t):
+        return torch.ones_like(x)
+
+    x, times = randn(3), [1000, 500, 0]
+    kept = A[times[::-1]]
+    for variance in ("beta", "beta_tilde"):
+        guided = next(ddpm(exact_eps, x, times, A, lambda: 0.0, variance, one, 2.0))[1]
+        free = next(ddpm(exact_eps, x, times, A, lambda: 0.0, variance))[1]
+        sigma2 = Diffusion(1 - kept[1:] / kept[:-1]).sigma2(variance)[2]
+        torch.testing.assert_close(guided - free, (2 * sigma2).expand(3))
+
+
+def test_bf16_networks_give_float32(tmp_path):
+    model = sample.load(make_tiny_model(tmp_path / "m.pt", predict="eps"))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model.eps(torch.zeros(1, 3, 32, 32), 500, torch.tensor([0])).dtype == torch.float32
+
+
+def test_a5_pixel_models_that_predict_eps_are_clipped_unless_told_otherwise(tmp_path):
+    """The cosine schedule begins at alpha_bar = 2e-9: an error of eps is divided by 5e-5."""
+    model = sample.load(make_tiny_model(tmp_path / "m.pt", predict="eps", schedule="cosine"))
+    assert model.clip and not sample.load(make_tiny_model(tmp_path / "v.pt", predict="v")).clip
+    for clip, wild in ((None, False), (True, False), (False, True)):
+        path = denoise(model, [0, 1], [0, 1], steps=10, clip=clip)
+        assert (last(path).abs().max() > 20) == wild
+
+
+def test_b6_a_scale_below_1_stays_below_the_threshold():
+    """A scale between 0 and 1 mixes the zero-label in at every noise level; only more than 1 stops
+    there."""
+    y = torch.tensor([0, 1])
+    for scale, below in ((0.4, 0.4), (2.0, 1.0), (1.0, 1.0), (0.0, 0.0)):
+        x = randn(2)
+        found = with_cfg(GaussianModel(), y, scale, 99.0)(x, 300)
+        zero, label = (exact_eps(x, 300, m=GaussianModel.means[k]) for k in (2 + 0 * y, y))
+        torch.testing.assert_close(found, zero + below * (label - zero))
+
+
+def test_b10_what_no_sampler_can_do_is_a_sentence(tiny_model):
+    model = sample.load(tiny_model)
+    for more, words in (
+        ({"sampler": "ddim", "eta": 1.5}, "eta 1.5; expected 0 to 1"),
+        ({"sampler": "plms", "eta": 0.5}, "eta 0.5 has no meaning for plms"),
+        ({"scale": -1.0}, "guidance scale -1; expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            list(denoise(model, [0], [0], steps=2, **more))
+
+
+def test_ddim_gets_the_eta_of_the_command_line(draw, tmp_path):
+    how = ("--label", "A", "--n", 1, "--sampler", "ddim")
+    draw(tmp_path / "a.png", *how)
+    draw(tmp_path / "b.png", *how, "--eta", 1)
+    a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert not np.array_equal(a, b)
+
+
+def test_the_strip_shows_x_t_above_the_predicted_x_0(tiny_model, monkeypatch):
+    model = sample.load(tiny_model)
+    x_t, x_0 = torch.full((1, 3, 32, 32), -1.0), torch.full((1, 3, 32, 32), 1.0)
+    monkeypatch.setattr(sample, "along_the_path", lambda *a, **k: [(x_t, x_0)] * 3)
+    args = SimpleNamespace(seed=0, n=1, text=None, grid=False, scales=None, gif=False)
+    args.strip, args.label, args.batch = True, "A", 1
+    picture = np.asarray(sample.draw(model, args, 0, {"steps": 3})[0])
+    half = picture.shape[0] // 2
+    above, below = picture[4 : half - 4, -64:], picture[half + 4 : -4, -64:]
+    assert above.mean() < 10 and below.mean() > 245
+
+
+def test_the_prior_of_a_first_stage_is_standard_normal(monkeypatch, tmp_path):
+    """Section 3.1; the line leads from the first z to the second."""
+    seen = []
+
+    class Stage(torch.nn.Module):
+        z_channels, factor, settings = 4, 8, {"size": 256, "bottleneck": "kl"}
+
+        def decode(self, z):
+            seen.append(z)
+            return torch.zeros(len(z), 3, 8, 8)
+
+    monkeypatch.setattr(sample, "load", lambda *a, **k: Stage())
+    args = SimpleNamespace(n=8, prior=["x"], seed=0, size=None, weights="ema")
+    args.out = tmp_path / "prior.png"
+    sample.write_prior(args, "cpu")
+    z, line = seen
+    assert abs(z.std() - 1) < 0.02 and abs(z.mean()) < 0.02
+    torch.testing.assert_close(line[[0, -1]], z[:2])
+    torch.testing.assert_close(line[3] - line[2], (z[1] - z[0]) / 7)
+
+
+def test_eq_3_15_bits_per_dimension_through_the_command_line(run, tmp_path):
+    model = make_tiny_model(tmp_path / "m.pt", T=6)
+    code, text, err = run("sample", "--bound", "--run", model, "--n", 4, "--device", "cpu")
+    assert code == 0, err
+    values = [float(line.split("+-")[0].split()[-1]) for line in text.splitlines()[:3]]
+    total = float(text.splitlines()[3].split()[1])
+    assert total == pytest.approx(sum(values), abs=2e-4) and total > 0
+    loaded, found = sample.load(model), open_set("letters:validation")
+    x, y = found.batch(np.linspace(0, 1039, 4).astype(int))
+    prior = loaded.diffusion.prior_term(x).mean().item()
+    assert values[2] == pytest.approx(prior, abs=1e-4)
+    assert "4 images" in text and "L_1 to L_5" in text

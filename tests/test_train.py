@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,7 +289,7 @@ def test_a_tiny_run_learns_and_samples(run, tmp_path):
     code, text, err = run("train", *TINY, *how, "--warmup", 10, "--out", out)
     assert code == 0, err
     first, final = float(rows_of(out)[0]["train_loss"]), float(rows_of(out)[-1]["validation_loss"])
-    assert first > 0.8 and final < 0.5, (first, final)
+    assert first > 0.7 and final < 0.55, (first, final)
     assert "sample.py" in text
     for name in ("grid.png", "loss.png"):
         Image.open(out / name).verify()
@@ -575,3 +576,125 @@ def test_help_shows_the_value_of_every_setting_of_both_sizes(run):
     text = " ".join(text.split())
     for words in ("(default 6.4e-05; small model 0.001)", "(default 88000; small model 6000)"):
         assert code == 0 and words in text
+
+
+# ----------------------------------------------------- faults that were found by trying the product
+
+
+def test_every_image_has_noise_of_its_own_and_flips_and_drops_are_independent():
+    noise = seen_by(stage(), 0)["noise"]
+    assert not torch.allclose(noise[0], noise[1])
+    flipping, plain = stage(p_uncond=0.5, flip=True), stage(p_uncond=0.5)
+    pairs = [(seen_by(flipping, n), seen_by(plain, n)) for n in range(60)]
+    flipped = torch.cat([(a["x_0"] != b["x_0"]).flatten(1).any(1) for a, b in pairs]).double()
+    dropped = torch.cat([a["y"] == 26 for a, _ in pairs]).double()
+    assert abs(torch.corrcoef(torch.stack([flipped, dropped]))[0, 1]) < 0.2
+
+
+def test_a14_a_preview_has_at_most_forty_labels(tmp_path, monkeypatch):
+    s = stage()
+    s.classes = [f"class {i}" for i in range(150)]
+    asked = []
+
+    def draw(model, columns, labels, **how):
+        asked.extend(labels)
+        return np.zeros((len(labels) + 1, columns, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(train, "images_by_label", draw)
+    s.preview(tmp_path / "grid.png", final=True)
+    assert len(asked) == 40 and asked[0] < 4 and asked[-1] > 145
+    assert Image.open(tmp_path / "grid.png").height < 2 * 41 * 34 + 10
+
+
+def test_a7_the_small_model_unless_the_gpu_is_large(monkeypatch, capsys):
+    monkeypatch.setattr(train.data, "check_device", lambda device: device.split(":")[0])
+    monkeypatch.setattr(train, "settle", lambda settings: settings)
+    for device, memory, size in (
+        ("cpu", 0, "small"),
+        ("mps", 0, "small"),
+        ("cuda", 6, "small"),
+        ("cuda:0", 24, "thesis"),
+    ):
+        gpu = SimpleNamespace(total_memory=memory * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
+        s = train.new_settings(Letters, {"device": device})
+        assert (s.model, s.batch) == (size, 512 if size == "thesis" else 32)
+        assert f"--model {size}: " in capsys.readouterr().out
+
+
+def test_a5_latents_that_predict_eps_refuse_the_cosine_schedule(refused, tmp_path):
+    how = ("--stage", "ldm", "--first-stage", tmp_path / "x.pt", "--schedule", "cosine")
+    assert "latents need --predict v" in refused("train", *how, "--predict", "eps")
+
+
+def test_the_thesis_and_the_published_values_are_the_defaults():
+    """4.4.3, 4.4.5, 4.5, 5.2; the discriminator's and the code-book's as published."""
+    letters, latent, first = Letters(), train.Latent(), train.FirstStage()
+    assert (letters.p_uncond, latent.p_uncond) == (0.2, 0.2)
+    assert (letters.T, letters.schedule, letters.predict, letters.batch) == (
+        1000,
+        "linear",
+        "eps",
+        512,
+    )
+    assert (latent.T, latent.schedule, latent.predict) == (1000, "sqrt_linear", "eps")
+    assert (latent.lr, latent.ema, latent.updates, latent.batch) == (6.4e-5, 0.9999, 88_000, 64)
+    assert (latent.channels, latent.multipliers, latent.context_channels) == (256, (1, 2, 4), 512)
+    assert (first.beta, first.kl_weight, first.adaptive, first.released) == (
+        0.25,
+        1e-4,
+        True,
+        False,
+    )
+    assert (first.codes, first.z_channels, first.adversarial_loss) == (16384, 4, "hinge")
+    assert (first.disc_layers, first.disc_channels, first.adversarial) == (2, 64, 0.6)
+
+
+def test_best_is_chosen_by_the_averaged_weights(tmp_path, monkeypatch):
+    """Averaged losses 3, 1, 2 beside raw ones of 1, 2, 3: the best is the second."""
+    losses = iter([(1.0, 3.0), (2.0, 1.0), (3.0, 2.0)])
+
+    def validation(stage, ema):
+        return dict(zip(("validation_loss", "validation_loss_ema"), next(losses)))
+
+    monkeypatch.setattr(train, "validation", validation)
+    monkeypatch.setattr(LettersStage, "best_from", 1)
+    how = (*SHORT[:-4], "--validate-every", 4, "--out", tmp_path)
+    monkeypatch.setattr(train, "claim", lambda out, run: None)
+    train.train(*train.parse([str(word) for word in how]))
+    assert load_model(tmp_path / "best.pt").update == 8
+
+
+def test_5_8_the_other_way_of_conditioning_trains_samples_and_draws(run, tmp_path):
+    """4.4.5: cross-attention to one token, instead of a sum with the time embedding."""
+    how = (*SMALL, "--channels", 32, "--condition", "attention", "--updates", 2)
+    code, _, err = run("train", *how, "--out", tmp_path / "run")
+    assert code == 0, err
+    model = load_model(tmp_path / "run")
+    assert not hasattr(model.unet, "label_emb") and model.context.weight.shape == (27, 128)
+    for p in model.parameters():
+        p.data += 0.05
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        a, b = (model.eps(x, 3, torch.tensor([y])) for y in (0, 1))
+    assert not torch.allclose(a, b)
+    word = ("--text", "HI", "--steps", 2, "--out", tmp_path / "hi.png")
+    assert run("sample", "--run", tmp_path / "run", *word)[0] == 0
+
+
+def test_e68_the_split_is_stored_and_a_resumed_run_keeps_it(
+    run, undisturbed, tmp_path, monkeypatch
+):
+    """Even if another version of the code would divide the set in another way."""
+    split = torch.load(undisturbed / "model.pt", weights_only=True)["split"]
+    s = stage()
+    assert split == {"data": s.data.fingerprint(), "held_out": s.data.split()[1].tolist()}
+    shutil.copytree(undisturbed, tmp_path / "run")
+    monkeypatch.setattr(train.data.ImageSet, "split", lambda self: (np.arange(5), np.arange(5, 9)))
+    monkeypatch.setattr(train, "loop", lambda stage, *a: seen.append(stage) or 0)
+    seen = []
+    code, _, err = run(
+        "train", "--stage", "letters", "--resume", "--updates", 13, "--out", tmp_path / "run"
+    )
+    assert code == 0, err
+    assert seen[0].held_out.tolist() == split["held_out"]

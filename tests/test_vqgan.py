@@ -787,3 +787,75 @@ def test_section_3_1_picture_of_the_prior(run, first_stage, tmp_path):
     picture = np.asarray(Image.open(tmp_path / "prior.png"))
     half = picture.shape[0] // 2  # the same z for every run
     assert np.array_equal(picture[2:half, 40:], picture[half + 1 : -1, 40:])
+
+
+# ----------------------------------------------------- faults that were found by trying the product
+
+
+def test_b9_the_critics_compute_in_float32_under_autocast(perceptual):
+    x, y = images(2, 32).float(), images(2, 32).float()
+    y = y + 0.003 * images(2, 32, seed=1).float()
+    critic = PatchDiscriminator(16, 2)
+    with torch.no_grad():
+        exact = perceptual.float()(x, y), critic(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = perceptual(x, y), critic(x)
+    for a, b in zip(exact, found):
+        assert b.dtype == torch.float32
+        torch.testing.assert_close(a, b)
+
+
+def test_both_losses_of_the_adversary_have_the_form_that_was_asked_for(folder):
+    for form in ("hinge", "vanilla"):
+        s = stage(folder, adversarial_loss=form, disc_start=0, adaptive=False)
+        s.loss(0)
+        real, fake = (s.discriminator(x) for x in s.seen)
+        assert s.discriminator_loss(0) == discriminator_loss(real, fake, form)
+        torch.testing.assert_close(
+            s.figures["g_loss"], generator_loss(fake, form), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_sharpness_is_the_share_that_the_reconstructions_keep(folder, monkeypatch):
+    s = stage(folder, adversarial=0.0)
+    monkeypatch.setattr(s.model, "forward", lambda x, noise=None: (0.5 * x, None, None))
+    assert s.validate()["validation_sharpness"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_residual_branches_of_a_new_first_stage_start_at_zero():
+    middle = VQGAN(**TINY, bottleneck=NoBottleneck()).encoder.mid
+    x = torch.randn(1, 16, 4, 4)
+    assert torch.equal(middle.block_1(x), x) and torch.equal(middle.attn_1(x), x)
+
+
+def test_e14_a_published_code_book_goes_on_with_the_loss_it_was_trained_with(folder, tmp_path):
+    path = published_file(tmp_path / "model.ckpt", published("vq"))
+    typed = MACHINE | {"data": str(folder), "init": str(path), "size": 16, "perceptual": 0.0}
+    assert train.new_settings(FirstStage, typed).released
+    assert not train.new_settings(
+        FirstStage, {n: v for n, v in typed.items() if n != "init"}
+    ).released
+
+
+def test_b14_a_folder_of_any_size_is_reconstructed_a_batch_at_a_time(
+    run, first_stage, tmp_path, monkeypatch
+):
+    """Its table compares the two sets; a damaged file is named; the pictures go to a folder."""
+    g = np.random.default_rng(0)
+    for i in range(45):
+        Image.fromarray(g.integers(0, 256, (40, 40, 3), np.uint8)).save(tmp_path / f"{i}.png")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for file in tmp_path.glob("*.png"):
+        file.rename(folder / file.name)
+    (folder / "broken.png").write_bytes(b"no picture")
+    most = []
+    monkeypatch.setattr("sample.reconstruct", lambda model, x: most.append(len(x)) or x)
+    how = ("--reconstruct", folder, "--run", first_stage, "--size", 32)
+    code, text, err = run("sample", *how, "--out", tmp_path / "out")
+    assert code == 0 and max(most) <= 8, err
+    assert "1 of 46 left out: broken.png (not an image)" in err
+    mean, distances, last = text.splitlines()
+    assert mean.startswith("mean") and "sharpness 1.00" in mean
+    assert float(distances.split()[1]) < 1e-6 and last.endswith("45 reconstructions")
+    assert len(list((tmp_path / "out").iterdir())) == 45
