@@ -1,6 +1,5 @@
 """Section 4.2: colours and labels, decoding, packing, the split; the files of all programs."""
 
-import fcntl
 import json
 import os
 import struct
@@ -676,21 +675,6 @@ def test_whole_file_is_whole_or_not_at_all(tmp_path):
     with whole_file(path) as temporary:
         temporary.write_text("after")
     assert path.read_text() == "after" and os.listdir(tmp_path) == ["file.txt"]
-
-
-def test_files_are_flushed_as_windows_allows_it(tmp_path, monkeypatch):
-    """A2: Windows refuses to flush a file that is not open to write."""
-    flushed = []
-
-    def fsync(number):
-        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(9, "Bad file descriptor")
-        flushed.append(number)
-
-    monkeypatch.setattr(data.os, "fsync", fsync)
-    with whole_file(tmp_path / "file.txt") as temporary:
-        temporary.write_text("text")
-    assert flushed and (tmp_path / "file.txt").read_text() == "text"
 
 
 def test_a_script_without_a_main_guard_may_open_a_large_folder(tmp_path):

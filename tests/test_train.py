@@ -698,3 +698,60 @@ def test_e68_the_split_is_stored_and_a_resumed_run_keeps_it(
     )
     assert code == 0, err
     assert seen[0].held_out.tolist() == split["held_out"]
+
+
+def test_a2_no_file_call_that_windows_forbids(run, tmp_path, monkeypatch):
+    """Windows flushes only files that are open to write. It neither renames nor removes a file that
+    is open or mapped. A folder is packed, trained on, resumed, compared, and packed again."""
+    proc = Path("/proc/self")
+    if not proc.exists():
+        pytest.skip("the simulation reads /proc")
+
+    def refuse_open(*paths):
+        held = [os.path.realpath(link) for link in (proc / "fd").iterdir()]
+        held += [line.split()[-1] for line in (proc / "maps").read_text().splitlines()]
+        for path in map(os.path.realpath, paths):
+            if any(name == path or name.startswith(path + os.sep) for name in held):
+                raise PermissionError(13, "in use by another process", path)
+
+    def wrapped(function, count):
+        return lambda *paths, **how: refuse_open(*paths[:count]) or function(*paths, **how)
+
+    fsync = os.fsync
+
+    def flush(number):
+        flags = (proc / "fdinfo" / str(number)).read_text().split("flags:")[1].split()[0]
+        if int(flags, 8) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    for module, name, count in (
+        (os, "replace", 2),
+        (os, "unlink", 1),
+        (shutil, "rmtree", 1),
+        (Path, "unlink", 1),
+    ):
+        monkeypatch.setattr(module, name, wrapped(getattr(module, name), count))
+    with (tmp_path / "file").open("w") as file, pytest.raises(PermissionError):
+        os.replace(tmp_path / "file", tmp_path / "other")
+    with (tmp_path / "file").open() as file, pytest.raises(OSError, match="Bad file descriptor"):
+        os.fsync(file.fileno())
+    g = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "set" / "AB"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    tiny = (*TINY, "--multipliers", 1, 1, "--T", 2, "--data", tmp_path / "set", "--save-every", 1)
+    commands = [("train", *tiny, "--updates", 3, "--out", tmp_path / "run")]
+    commands += [("train", *TINY[:2], "--resume", "--updates", 4, "--out", tmp_path / "run")]
+    commands += [("sample", "--run", tmp_path / "run", "--per-label", 2, "--steps", 1)]
+    commands[-1] += ("--out", tmp_path / "many")
+    commands += [("fid", "--real", tmp_path / "set", "--fake", tmp_path / "many", "--size", 32)]
+    commands[-1] += ("--features", "paintings", "--out", tmp_path / "evaluation")
+    for command in commands:
+        code, _, err = run(*command)
+        assert code == 0, err
+    Image.new("RGB", (32, 32)).save(tmp_path / "set" / "A" / "new.png")  # so it is packed again
+    code, _, err = run("train", *tiny, "--updates", 1, "--out", tmp_path / "run_2")
+    assert code == 0, err
