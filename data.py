@@ -475,6 +475,8 @@ def decode(file, size=None):
     is not such an image.
     """
     try:
+        if not Path(file).is_file():  # a pipe would be waited for
+            raise UserError("No such file, or a pipe")
         with Image.open(file) as image:
             if getattr(image, "is_animated", False) and image.format in ("GIF", "PNG", "WEBP"):
                 raise UserError(f"animated: {image.n_frames} frames")
@@ -482,7 +484,7 @@ def decode(file, size=None):
                 image.draft(None, (2 * size, 2 * size))  # large JPEGs are decoded at a reduced size
             ImageOps.exif_transpose(image, in_place=True)
             image = on_paper(to_srgb(to_8_bit(image), image.info.get("icc_profile"))).convert("RGB")
-            return np.asarray(crop_and_resize(image, size) if size else image)
+            return np.array(crop_and_resize(image, size) if size else image)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -544,7 +546,7 @@ def crop_and_resize(image, size):
 def fit(image, size):
     """An array (H, W), (H, W, 1) or (H, W, 3) uint8 as (size, size, 3) uint8."""
     image = image[..., 0] if image.shape[-1] == 1 else image
-    return np.asarray(crop_and_resize(Image.fromarray(image), size).convert("RGB"))
+    return np.array(crop_and_resize(Image.fromarray(image), size).convert("RGB"))
 
 
 def to_tensor(images):

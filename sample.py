@@ -477,11 +477,11 @@ def reconstructions(model, found, size, batch):
 
 
 def losses_of(x, x_r):
-    """4.4.7: PSNR in decibels, L1 distance in [0, 1], and the share of the sharpness that is left,
-    of one image and its reconstruction, (H, W, 3) uint8."""
+    """4.4.7: PSNR in decibels, L1 distance in [0, 1], and the sharpness of both, of one image and
+    its reconstruction, (H, W, 3) uint8."""
     x, x_r = to_tensor(x[None]), to_tensor(x_r[None])
-    l1, sharpness = (x - x_r).abs().mean() / 2, gradient_energy(x_r) / gradient_energy(x)
-    return psnr(x, x_r).item(), l1.item(), sharpness.item()
+    l1 = (x - x_r).abs().mean() / 2
+    return [value.item() for value in (psnr(x, x_r), l1, gradient_energy(x), gradient_energy(x_r))]
 
 
 LISTED = 40  # so many images are listed one by one; larger sets are compared as sets
@@ -513,8 +513,9 @@ def write_reconstructions(args, device):
             stem = stem if stems[stem] == 1 else f"{row:06d}_{stem}"
             save(Image.fromarray(pair[1]), out / f"{stem}.png")
     mean = "mean", *np.mean([row[1:] for row in table], axis=0)
-    for name, decibel, l1, sharpness in [*table, mean] if len(table) <= LISTED else [mean]:
-        print(f"{name:20}  PSNR {decibel:5.2f} dB  L1 {l1:.4f}  sharpness {sharpness:.2f}")
+    for name, decibel, l1, sharp, sharp_r in [*table, mean] if len(table) <= LISTED else [mean]:
+        share = sharp_r / max(sharp, 1e-6)
+        print(f"{name:20}  PSNR {decibel:5.2f} dB  L1 {l1:.4f}  sharpness {share:.2f}")
     if compared:
         numbers = compare(*map(torch.cat, sets))
         print(*(f"{name} {numbers[name]:.3g} " for name in ("frechet", "kernel", "kernel_error")))

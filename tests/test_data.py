@@ -453,7 +453,9 @@ def test_the_kaggle_tree_and_one_decoder(tmp_path):
     assert packed.images.shape == (78, 32, 32, 3) and packed.classes == ALPHABET
     assert packed.sources.tolist() == [0, 1, 2] * 26
     files = open_set(tmp_path / "archive", 32, pack=False)
-    assert all(np.array_equal(files.images[i], packed.images[i]) for i in range(78))
+    read = list(files.each(32, lambda row, image: row, "archive"))
+    assert [row for row, _, value in read if row == value] == list(range(78))
+    assert all(np.array_equal(image, packed.images[row]) for row, image, _ in read)
     assert np.array_equal(files.labels, packed.labels) and files.classes == packed.classes
 
 
@@ -863,6 +865,14 @@ def test_a19_class_names_that_are_no_utf8(tmp_path, run):
         os.rename(tmp_path / "x.png", os.path.join(folder, b"0.png"))
     code, out, err = run("data", "letters", "--data", tmp_path / "set")
     assert code == 0 and "caf\\udce9" in out, err
+
+
+def test_a_pipe_or_a_dead_link_is_left_out(tmp_path):
+    for name in ("a.png", "b.png"):
+        halves().save(tmp_path / name)
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")  # reading it would wait for ever
+    assert "2 of 4 files left out: 2 No such file, or a pipe" in open_set(tmp_path, 16).report()
 
 
 def test_a11_a_failed_compilation_is_one_clear_line(capsys):

@@ -631,7 +631,7 @@ MANY = ("--batch", 16, "--sampler", "ddpm", "--per-label")
 
 def test_e60_the_hours_of_5_1_1():
     """E60: 40 s for 15 images. 56 h, printed for 50,000 images of one label, are 8 labels of
-    10,000; the 4.5 days are 6."""
+    10,000; the 4.5 days are 6. This checks the printed numbers, and no function of the project."""
     hours = 40 / 15 / 3600  # per image
     assert 10_000 * hours == pytest.approx(7.4, abs=0.05)  # "approximately 7 hours" holds
     assert 50_000 * hours < 38 and 8 * 7 == 56
