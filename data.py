@@ -194,14 +194,14 @@ def threaded(function, items):
 class ImageSet:
     """Images with labels.
 
-    images     (N, H, W, C) uint8, C = 1 or 3: an array, a memory map, or a list of files
+    images     (N, H, W, C) uint8, C = 1 or 3: an array, a memory map, or `Files`
     labels     (N,) numbers; classes: the name of each number
     sources    (N,) what an image comes from, such as a font or a painting
     note       for the report: where the images come from, or which files were left out
     validates  (N,) bool, which images validate; None = `validation_images` decides
     """
 
-    images: np.ndarray | list
+    images: np.ndarray
     labels: np.ndarray
     sources: np.ndarray
     classes: list[str]
@@ -216,8 +216,8 @@ class ImageSet:
 
     def name(self, row):
         """A name for one image: that of its file, if it has one, else its class and its row."""
-        if isinstance(self.images, list):
-            return self.images[row].name
+        if isinstance(self.images, Files):
+            return self.images.files[row].name
         return f"{self.classes[self.labels[row]]}_{row:06d}"
 
     def each(self, size, function, title):
@@ -227,7 +227,10 @@ class ImageSet:
 
         def load(row):
             try:
-                image = (decode if isinstance(self.images, list) else fit)(self.images[row], size)
+                files = isinstance(self.images, Files)
+                image = (
+                    decode(self.images.files[row], size) if files else fit(self.images[row], size)
+                )
             except UserError as error:
                 return row, None, f"{self.name(row)} ({error})"
             return row, image, function(row, image)
@@ -339,7 +342,7 @@ def open_set(name, size=None, labels="folder", pack=True):
     else:
         files, passed = list_images(path)
         numbers, classes = folder_labels(path, files)
-        images = [path / file for file in files]
+        images = Files([path / file for file in files], size)
         found = ImageSet(images, np.array(numbers), sources_of(path, files), classes, passed)
     if size and pack and found.images.shape[1] != size:
         have = found.images.shape[1]
@@ -364,6 +367,22 @@ def embedded_letters():
     font = np.repeat(np.arange(fonts), 26)
     validates = font >= fonts - 40
     return ImageSet(images, np.tile(np.arange(26), fonts), font, ALPHABET, validates=validates)
+
+
+class Files:
+    """Image files as a sequence of arrays. A file is decoded when it is indexed."""
+
+    def __init__(self, files, size):
+        self.files, self.size = files, size
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        try:
+            return decode(self.files[i], self.size)
+        except UserError as error:
+            raise UserError(f"{self.files[i]}: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -195,18 +195,22 @@ def log_rows(path):
     return list(csv.DictReader(lines))
 
 
+def curves(rows, column):
+    """A column of a log.csv over the updates, one curve (xs, ys) until each interruption."""
+    runs = {}
+    for row in rows:
+        if row[column]:
+            xs, ys = runs.setdefault(row["run"], ([], []))
+            xs.append(int(row["update"]))
+            ys.append(float(row[column]))
+    return list(runs.values())
+
+
 def draw_losses(rows, path, loss_name=""):
     """5.2: the training and validation losses in the rows of a log.csv; interruptions are gaps."""
     lines = {"training": "train_loss", "validation": "validation_loss"}
     lines["validation, averaged weights"] = "validation_loss_ema"
-    for name, column in lines.items():
-        runs = {}  # points per run; a run ends at an interruption
-        for row in rows:
-            if row[column]:
-                xs, ys = runs.setdefault(row["run"], ([], []))
-                xs.append(int(row["update"]))
-                ys.append(float(row[column]))
-        lines[name] = list(runs.values())
+    lines = {name: curves(rows, column) for name, column in lines.items()}
     save(chart(lines, "Loss", "update", loss_name), path)
 
 
@@ -308,8 +312,8 @@ def parse():
     add("--n", type=int, default=8, help="images per row, evenly picked (default 8)")
     add("--size", type=int, default=128, help="pixels per side of each (default 128)")
     command("time", time_command, "figures/figure_4_5.png", "table of time embeddings (fig. 4.5)")
-    add = command("losses", losses_command, "loss.png", "the loss chart of a training run (5.2)")
-    add("run", help="its folder, such as runs/letters")
+    add = command("losses", losses_command, "loss.png", "losses of a run (5.2) or of several")
+    add("runs", nargs="+", help="folders, such as runs/letters; of several, validation losses")
     return parser.parse_args()
 
 
@@ -357,11 +361,17 @@ def time_command(args):
 
 
 def losses_command(args):
-    log = Path(args.run, "log.csv")
-    rows = log_rows(log) if log.exists() else []
-    if not rows:
-        raise UserError(f"{log}: no such file, or no losses in it yet; train.py writes it")
-    draw_losses(rows, args.out)
+    logs = {}
+    for run in args.runs:
+        log = Path(run, "log.csv")
+        logs[Path(run).name] = rows = log_rows(log) if log.exists() else []
+        if not rows:
+            raise UserError(f"{log}: no such file, or no losses in it yet; train.py writes it")
+    if len(logs) == 1:
+        draw_losses(rows, args.out)
+        return
+    lines = {name: curves(rows, "validation_loss") for name, rows in logs.items()}
+    save(chart(lines, "Validation loss, raw weights", "update", ""), args.out)
 
 
 def main():

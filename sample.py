@@ -465,7 +465,7 @@ def open_originals(items, size):
         name = items[0] + ":validation" * (items[0] == "paintings")
         return data.open_set(name, size, pack=False)
     numbers = np.arange(len(items))
-    return data.ImageSet([*map(Path, items)], 0 * numbers, numbers, ["all"])
+    return data.ImageSet(data.Files([*map(Path, items)], size), 0 * numbers, numbers, ["all"])
 
 
 def reconstructions(model, found, size, batch):

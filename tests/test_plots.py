@@ -71,6 +71,11 @@ def test_5_2_the_chart_of_a_log(tmp_path, run, refused):
     assert code == 0, err
     picture = (tmp_path / "figures" / "loss.png").read_bytes()
     assert picture == (tmp_path / "loss.png").read_bytes()
+    two = ("losses", tmp_path, tmp_path / "figures", "--out", tmp_path / "two.png")
+    assert "no such file" in refused("plots", *two)
+    (tmp_path / "figures" / "log.csv").write_bytes((tmp_path / "log.csv").read_bytes())
+    code, _, err = run("plots", *two)
+    assert code == 0 and np.asarray(Image.open(tmp_path / "two.png")).std() > 5, err
     assert "not the name of a picture" in refused("plots", "losses", tmp_path, "--out", "loss")
 
 
