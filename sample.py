@@ -487,6 +487,18 @@ def losses_of(x, x_r):
 LISTED = 40  # so many images are listed one by one; larger sets are compared as sets
 
 
+def print_losses(table, sets):
+    """table: rows (name, *losses_of); sets: the features of the images and of the reconstructions,
+    compared if there are any."""
+    mean = "mean", *np.mean([row[1:] for row in table], axis=0)
+    for name, decibel, l1, sharp, sharp_r in [*table, mean] if len(table) <= LISTED else [mean]:
+        share = sharp_r / max(sharp, 1e-6)
+        print(f"{name:20}  PSNR {decibel:5.2f} dB  L1 {l1:.4f}  sharpness {share:.2f}")
+    if sets[0]:
+        numbers = compare(*map(torch.cat, sets))
+        print(*(f"{name} {numbers[name]:.3g} " for name in ("frechet", "kernel", "kernel_error")))
+
+
 def write_reconstructions(args, device):
     """--reconstruct (4.4.7, fig. 4.9): a picture, or a folder with one file per image."""
     model, size = open_first_stage(args.run or "runs/vqgan", args, device)
@@ -512,13 +524,7 @@ def write_reconstructions(args, device):
             stem = Path(names[row]).stem
             stem = stem if stems[stem] == 1 else f"{row:06d}_{stem}"
             save(Image.fromarray(pair[1]), out / f"{stem}.png")
-    mean = "mean", *np.mean([row[1:] for row in table], axis=0)
-    for name, decibel, l1, sharp, sharp_r in [*table, mean] if len(table) <= LISTED else [mean]:
-        share = sharp_r / max(sharp, 1e-6)
-        print(f"{name:20}  PSNR {decibel:5.2f} dB  L1 {l1:.4f}  sharpness {share:.2f}")
-    if compared:
-        numbers = compare(*map(torch.cat, sets))
-        print(*(f"{name} {numbers[name]:.3g} " for name in ("frechet", "kernel", "kernel_error")))
+    print_losses(table, sets)
     if out.suffix:
         parts = [np.stack(pairs[i : i + 8], axis=1) for i in range(0, len(pairs), 8)]
         grids = [tiles(np.concatenate(p), p.shape[1], ["x", "x_r"], 128) for p in parts]
@@ -566,15 +572,13 @@ def write_bound(args, device):
     if found.classes != model.classes:
         y = torch.full_like(y, model.zero_label)
     draw, T = ImageNoise(args.seed + np.arange(len(rows)), model.shape, device), model.diffusion.T
-    bar = tqdm(range(1, T + 1), "bound", unit="step", disable=None)
-    steps = iter(bar)
+    with tqdm(total=T, desc="bound", unit="step", disable=None) as bar:
 
-    def noise(t):
-        next(steps)
-        return draw()
+        def noise(t):
+            bar.update()
+            return draw()
 
-    terms = model.diffusion.bound(lambda x, t: model.eps(x, t, y), x, noise)
-    bar.close()
+        terms = model.diffusion.bound(lambda x, t: model.eps(x, t, y), x, noise)
     total, error = terms.sum(1), terms.sum(1).std() / len(rows) ** 0.5
     parts = {"L_0": terms[:, 0], f"L_1 to L_{T - 1}": terms[:, 1:-1].sum(1), f"L_{T}": terms[:, -1]}
     for name, value in parts.items():
