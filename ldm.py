@@ -68,6 +68,10 @@ class LabelledDiffusion(nn.Module):
             return self.context.weight[self.zero_label].to(y).expand(y.shape)
         return torch.full_like(y, self.zero_label)
 
+    def start(self, y, noise):
+        """x_T, where a sampler starts: N(0, I)."""
+        return noise
+
     def eps(self, x, t, y):
         """eps_theta(x_t, t, y). t: 1..T, an int or (B,)."""
         x = x.contiguous(memory_format=torch.channels_last)
@@ -105,12 +109,13 @@ class LatentDiffusion(LabelledDiffusion):
     The label is a context (4.4.4). context: the embeddings of the labels, 9 x 512 in the thesis,
     the zero-label last. Labels y (B, n) are n tokens. Labels y (B,) are one token per image;
     cross-attention then adds the same vector at every position (E52).
-    latent_scale: 1 in the thesis and in published models (E54); 1/std of the latents if their
-    standard deviation is far from 1.
+    latent_scale: 1 in the thesis and in published models (E54), else 1/std of the latents.
+    mean: the mean latent of each label's training images, (K + 1, C), see `start`.
     """
 
     def __init__(self, unet, first_stage, context, beta, classes, shape, predict, latent_scale):
         super().__init__(unet, beta, classes, shape, predict)
+        self.register_buffer("mean", torch.zeros(len(classes) + 1, shape[0]))
         self.first_stage = first_stage.requires_grad_(False).eval()
         self.context, self.latent_scale = context, latent_scale
 
@@ -123,6 +128,16 @@ class LatentDiffusion(LabelledDiffusion):
     def device(self):
         """The device of x_t. FSDP's offloading may keep the weights of the U-Net on another one."""
         return next(self.first_stage.parameters()).device
+
+    def start(self, y, noise):
+        """x_T of eq. 3.9 for the label's mean colour: q(x_T) and not N(0, I) (not in the thesis).
+
+        sqrt(alpha_bar_T) is small, 0.012, but the mean is the same at all N positions: a picture of
+        256 x 256 (N = 1024) would lose 11 % of its mean colour. Published models have the mean 0.
+        """
+        y = torch.full_like(y[:, 0, 0], self.zero_label).long() if y.is_floating_point() else y
+        x_0 = self.mean[y.view(len(y), -1)].mean(1)[:, :, None, None]
+        return self.diffusion.q_sample(x_0, self.diffusion.T, noise)
 
     @torch.no_grad()
     def encode(self, x):
@@ -462,6 +477,7 @@ def published_latent(state, path):
     classes = [str(i) for i in range(len(raw["context.weight"]))]
     zero_label = raw["context.weight"].mean(0, keepdim=True)
     raw["context.weight"] = torch.cat([raw["context.weight"], zero_label])
+    raw["mean"] = torch.zeros(len(classes) + 1, raw["unet.input_blocks.0.0.weight"].shape[1])
     weights = {"raw": raw, "ema": averaged(raw, average)} if average else {"raw": raw}
     content = {"stage": "ldm", "settings": settings, "classes": classes, "update": 0}
     return content | {"weights": weights}

@@ -290,7 +290,7 @@ def denoise(
         eps = with_clipping(eps, model.diffusion)
     more = {"ddpm": (noise, "beta_tilde", gradient, scale), "ddim": (eta, noise)}.get(sampler, ())
     times = timesteps(model.diffusion.T, steps)
-    yield from SAMPLERS[sampler](eps, noise(), times, alpha_bar, *more)
+    yield from SAMPLERS[sampler](eps, model.start(y, noise()), times, alpha_bar, *more)
 
 
 def load(run=None, weights="ema", device="cpu", compile=False, kind="diffusion model"):

@@ -271,7 +271,9 @@ class Latent(Diffusion):
     attention_levels: tuple | None = setting(None, "(default: all)", kind=int, nargs="+")
     groups: int = setting(32, "groups of every GroupNorm", above=0)
     context_channels: int = setting(512, "width of the label embedding", above=0)
-    latent_scale: float | None = setting(1.0, "factor; small model: 1/std", kind=float, above=0)
+    latent_scale: float | None = setting(
+        None, "factor (default: 1 for a published first stage, else 1/std)", kind=float, above=0
+    )
     guide_above: float = setting(0.0, "guide above this noise only, see sample.py", least=0)
     checkpoint_activations: bool = setting(False, "compute them twice: less memory", resume=True)
     cpu_offload: bool = setting(False, "fsdp: the CPU holds the weights (E59)", resume=True)
@@ -312,7 +314,7 @@ SMALL = {
     FirstStage: dict(updates=7000, lr=1e-3, channels=16, multipliers=(1, 2, 4), ema=0.995, size=64,
                      codes=512, blocks=1, attention_levels=(), groups=1, disc_channels=32),
     Latent: dict(updates=6000, batch=32, lr=1e-3, channels=32, ema=0.998, predict="v", blocks=1,
-                 groups=2, latent_scale=None, guide_above=8.0),
+                 groups=2, guide_above=8.0),
 }
 # fmt: on
 
@@ -619,6 +621,8 @@ class LatentStage(DiffusionStage):
                 s.first_stage_settings = source.settings["first_stage_settings"]
             else:
                 first_stage = open_first_stage(s.first_stage)
+                if not first_stage.update:  # a published one, made for the factor 1 (E54)
+                    s.latent_scale = s.latent_scale or 1.0
                 s.first_stage_settings = first_stage.settings
             s.size = s.size or s.first_stage_settings["size"]
         levels = len(s.first_stage_settings["multipliers"]) + len(s.multipliers)
@@ -647,6 +651,9 @@ class LatentStage(DiffusionStage):
         mean, deviation = z.mean(dtype=np.float64), z.std(dtype=np.float64)
         s.latent_scale = s.latent_scale or float(1 / deviation)
         self.latent_scale = self.model.latent_scale = s.latent_scale
+        members = [z[self.train_labels == label] for label in range(len(self.classes))]
+        means = [(part if len(part) else z).mean((0, 2, 3)) for part in [*members, z]]
+        self.model.mean.copy_(torch.from_numpy(np.stack(means)) * s.latent_scale)
         print(f"latents {z.shape[1:]}: mean {mean:.3f}, deviation {deviation:.3f}, ", end="")
         print(f"scaled by {s.latent_scale:.3f}")
 

@@ -278,7 +278,7 @@ def test_update_is_a_function_of_seed_and_number(folder, first_stage):
 
 def test_average_leaves_the_first_stage_out():
     model = tiny()
-    names = {name for name in model.state_dict() if not name.startswith("first_stage.")}
+    names = {name for name, _ in model.named_parameters() if not name.startswith("first_stage.")}
     assert set(EMA(model, 0.9).state_dict()) == names
 
 
@@ -657,3 +657,29 @@ def test_1_4_any_embedding_can_be_the_context(undisturbed):
     zero = model.zero_like(tokens.expand(2, 3, -1))
     assert zero.shape == (2, 3, tokens.shape[2])
     assert torch.equal(zero[1, 2], model.context.weight[model.zero_label])
+
+
+def test_b3_latent_models_start_at_the_mean_colour_of_the_label(folder, first_stage):
+    """The mean is that of the scaled training latents, per label; for the zero-label, of all."""
+    s = stage(folder, first_stage)
+    model, (z, _) = s.model, s.examples(s.train_rows)
+    for label in np.unique(s.train_labels):
+        mean = z[s.train_labels == label].mean((0, 2, 3))
+        torch.testing.assert_close(model.mean[label], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.mean[8], z.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    seen, kept = [], model.diffusion.alpha_bar[-1].sqrt().float()
+    model.eps = lambda x, t, y: seen.append(x) or torch.zeros_like(x)
+    list(denoise(model, [3] * 500, np.arange(500), steps=1, scale=1.0))
+    error = (seen[0].mean((0, 2, 3)) - kept * model.mean[3]).abs().max()
+    assert error < 4 / (500 * 64) ** 0.5 and abs(seen[0].std() - 1) < 0.02
+    nothing = torch.zeros(2, *model.shape)
+    for y, mean in (([[0, 1]], model.mean[:2].mean(0)), (torch.zeros(1, 3, 512), model.mean[8])):
+        x_T = model.start(torch.as_tensor(y), nothing[:1])
+        torch.testing.assert_close(x_T[0, :, 0, 0], kept * mean)
+
+
+def test_b4_only_published_first_stages_have_the_factor_1(folder, first_stage, tmp_path):
+    assert stage(folder, first_stage).settings.latent_scale != 1.0
+    published = make_first_stage(tmp_path / "published.pt", update=0)
+    assert stage(folder, published).settings.latent_scale == 1.0
+    assert Latent().latent_scale is None  # of the thesis's size, too

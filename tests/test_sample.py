@@ -22,7 +22,7 @@ from PIL import Image
 
 import sample
 from data import ALPHABET, UserError, open_set
-from ddpm import Diffusion, cosine_schedule, linear_schedule
+from ddpm import Diffusion, cosine_schedule, linear_schedule, sqrt_linear_schedule
 from ldm import build_classifier, load_model, save_model
 from sample import (
     ImageNoise,
@@ -872,3 +872,25 @@ def test_eq_3_15_bits_per_dimension_through_the_command_line(run, tmp_path):
     prior = loaded.diffusion.prior_term(x).mean().item()
     assert values[2] == pytest.approx(prior, abs=1e-4)
     assert "4 images" in text and "L_1 to L_5" in text
+
+
+@pytest.mark.parametrize("N, kept", [(256, 0.94), (1024, 0.89), (4096, 0.77)])
+def test_b3_a_start_without_the_mean_colour_loses_a_part_of_it(N, kept):
+    """x_0 has one colour at all N positions, N(1, 0.3^2). In the direction of that colour it is a
+    Gaussian of mean sqrt(N) and deviation 0.3 sqrt(N). A deterministic sampler keeps the whole mean
+    if x_T has the mean of q(x_T). From N(0, I) it loses 0.3 sqrt(alpha_bar_T N) / std(x_T) of it,
+    unless the schedule ends in pure noise."""
+
+    def reached(schedule, started):
+        a, m, s = Diffusion(schedule).alpha_bar, N**0.5, 0.3 * N**0.5
+        mean, variance = law(1000, m, s, a)
+        start = mean.view(1) if started else torch.zeros(1, dtype=torch.float64)
+        path = plms(lambda x, t: exact_eps(x, t, m, s, a), start, timesteps(1000, 50), a)
+        share = last(path).item() / m
+        lost = 0 if started else 0.3 * mean.item() / variance.sqrt().item()
+        assert share == pytest.approx(1 - lost, abs=0.008)
+        return share
+
+    assert reached(sqrt_linear_schedule(), started=False) == pytest.approx(kept, abs=0.008)
+    assert reached(sqrt_linear_schedule(), started=True) == pytest.approx(1, abs=0.008)
+    assert reached(cosine_schedule(), started=False) == pytest.approx(1, abs=0.008)
