@@ -319,13 +319,15 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(
 
 def test_a_signal_in_the_last_update_leaves_a_finished_run(run, undisturbed, tmp_path, monkeypatch):
     """A8: the last validation and the grid are made; --resume says that the run is finished."""
+    out = tmp_path / "my run"  # A20: the printed command can be pasted
     with monkeypatch.context() as patch:
         stop_at(patch, 12)
-        code, text, _ = run("train", *SHORT, "--out", tmp_path / "run")
-    assert code == 0 and "grid.png shows" in text and (tmp_path / "run" / "grid.png").exists()
-    assert rows_of(tmp_path / "run")[-1]["validation_loss_ema"]
-    assert equal_tensors(newest_checkpoint(tmp_path / "run")[1], newest_checkpoint(undisturbed)[1])
-    code, text, _ = run("train", "--stage", "letters", "--resume", "--out", tmp_path / "run")
+        code, text, _ = run("train", *SHORT, "--out", out)
+    assert code == 0 and "grid.png shows" in text and (out / "grid.png").exists()
+    assert f"--run '{out}' --text HELLO" in text
+    assert rows_of(out)[-1]["validation_loss_ema"]
+    assert equal_tensors(newest_checkpoint(out)[1], newest_checkpoint(undisturbed)[1])
+    code, text, _ = run("train", "--stage", "letters", "--resume", "--out", out)
     assert code == 0 and "finished after 12 updates; --updates N trains it longer" in text
 
 
