@@ -887,3 +887,11 @@ def test_a11_a_failed_compilation_is_one_clear_line(capsys):
     err = capsys.readouterr().err
     assert end.value.code == 2 and err.startswith("error: --compile does not work here")
     assert "leave it out" in err and len(err.splitlines()) == 1
+
+
+def test_a_plain_image_has_95_per_cent_of_its_pixels_nearer_than_6():
+    """Two white rows of 64, and four whose Delta-E from the others is 7.4 or 4.7."""
+    for grey, plain in ((147, False), (140, True)):
+        image = np.full((64, 64, 3), 128, np.uint8)
+        image[:2], image[2:6] = 255, grey
+        assert is_plain(image) == plain

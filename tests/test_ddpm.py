@@ -643,3 +643,11 @@ def test_the_terms_of_the_bound_get_variance_and_levels():
     torch.testing.assert_close(terms[:, 2], d.bound_term(eps, x, 3, randn(2, 3, seed=3), "beta"))
     coarse, fine = (d.data_term(eps, 0 * x, randn(2, 3), levels) for levels in (4, 256))
     assert (coarse < fine - 3).all()  # a bin is 85 times as wide
+
+
+def test_the_thesis_s_variance_is_the_default_of_a_step_and_of_the_bound():
+    x, eps, noise = randn(4, 3), randn(4, 3, seed=1), randn(4, 3, seed=2)
+    step = D.mu_theta(x, 5, eps) + D.beta_tilde[5].sqrt() * noise
+    assert_close(D.p_sample(x, 5, eps, noise), step)
+    terms = [D.bound_term(lambda x, t: eps, x, 5, noise, *v) for v in ((), ("beta_tilde",))]
+    assert torch.equal(*terms)

@@ -647,3 +647,27 @@ def test_b13_precision_of_one_law_against_itself_falls_with_unequal_counts():
     a, b = randn(2000, 130), randn(2000, 130, seed=1)
     equal, unequal = precision_recall(a[:200], b[:200])[0], precision_recall(a, b[:200])[0]
     assert unequal < equal - 0.03
+
+
+def test_inception_resizes_without_antialiasing():
+    """As FID's own network: of 897 pixels every third one is kept as it is."""
+    with torch.device("meta"):
+        network = fid.Inception()
+    seen = []
+
+    def stop(layer, inputs):
+        seen.append(inputs[0])
+        raise StopIteration
+
+    network.Conv2d_1a_3x3.register_forward_pre_hook(stop)
+    x = torch.rand(1, 3, 897, 897)
+    with pytest.raises(StopIteration):
+        network(x)
+    torch.testing.assert_close(seen[0], 2 * x[:, :, 1::3, 1::3] - 1, rtol=0, atol=1e-4)
+
+
+def test_counts_are_unequal_from_more_than_twice_on():
+    x = torch.randn(301, 2, generator=torch.Generator().manual_seed(0))
+    for n, marked in ((301, True), (300, False)):
+        assert ("!" in fid.compare(x[:n], x[:150])["marks"]) == marked
+        assert ("!" in fid.compare(x[:150], x[:n])["marks"]) == marked

@@ -21,7 +21,7 @@ from ldm import build_first_stage, build_latent, fingerprint, load_model, save_m
 from sample import denoise, generate, images_by_label
 from train import EMA, Classifier, ClassifierStage, FirstStage, Latent, LatentStage
 from unet import latent_unet
-from vqgan import VQGAN, Codebook
+from vqgan import VQGAN, AttnBlock, Codebook
 
 FIRST = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (), "groups": 2}
 FIRST |= {"bottleneck": "vq", "codes": 16, "z_channels": 4, "beta": 0.25, "released": False}
@@ -683,3 +683,50 @@ def test_b4_only_published_first_stages_have_the_factor_1(folder, first_stage, t
     published = make_first_stage(tmp_path / "published.pt", update=0)
     assert stage(folder, published).settings.latent_scale == 1.0
     assert Latent().latent_scale is None  # of the thesis's size, too
+
+
+def test_schedule_and_length_reach_every_model():
+    sizes = {"channels": 32, "multipliers": (1, 1), "blocks": 1, "T": 30, "predict": "v"}
+    sizes |= {"shape": (3, 8, 8), "space": "pixels"}
+    for name, schedule in SCHEDULES.items():
+        settings = sizes | {"schedule": name}
+        latent = build_latent(TINY | {"schedule": name, "T": 30}, ["a"])
+        others = (ldm.build_letters(settings, ["a"]), ldm.build_classifier(settings, ["a", "b"]))
+        for model in (latent, *others):
+            assert torch.equal(model.diffusion.beta[1:], schedule(30))
+
+
+def test_the_settings_of_a_first_stage_reach_it():
+    for released, weights in ((False, (1, 0.5)), (True, (0.5, 1))):
+        book = build_first_stage(FIRST | {"beta": 0.5, "released": released}).quantize
+        assert (book.w_codebook, book.w_commitment) == weights
+    model = build_first_stage(
+        FIRST | {"bottleneck": "kl", "kl_weight": 0.02, "attention_levels": (0,)}
+    )
+    assert model.quantize.kl_weight == 0.02
+    assert isinstance(model.encoder.down[0].attn[0], AttnBlock)
+    assert isinstance(model.encoder.down[1].attn[0], torch.nn.Identity)
+
+
+def test_training_labels_pictures_by_the_rgb_rule(folder, first_stage, monkeypatch):
+    """4.2.2. The pictures of the small set lie in folders that are named after the colours."""
+    asked, open_set = [], train.data.open_set
+
+    def spy(name, size, labels):
+        asked.append((size, labels))
+        return open_set(name, size, labels)
+
+    monkeypatch.setattr(train.data, "open_set", spy)
+    stage(folder, first_stage)
+    typed = {"model": "small", "device": "cpu", "precision": "float32", "perceptual": 0.0}
+    train.AutoencoderStage(
+        train.new_settings(FirstStage, typed | {"data": str(folder), "size": 32})
+    )
+    assert asked == [(16, "rgb"), (32, "rgb")]
+
+
+def test_the_latent_model_takes_the_best_first_stage_of_a_run(tmp_path):
+    make_first_stage(tmp_path / "model.pt", update=9)
+    assert train.open_first_stage(tmp_path).update == 9
+    make_first_stage(tmp_path / "best.pt", seed=1, update=7)
+    assert train.open_first_stage(tmp_path).update == 7

@@ -1,6 +1,7 @@
 """Grids, charts, and the figures that need no model."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -153,3 +154,70 @@ def test_fig_5_8_chosen_images_in_rows(tmp_path, run, refused):
         assert middles.tolist() == [[r, 10 * i, b] for i in (0, 2, 4)]  # evenly of five
     assert "no such file or folder" in refused("plots", "rows", f"LDM={tmp_path / 'nowhere'}")
     assert "NAME=DIR" in refused("plots", "rows", tmp_path / "LDM")
+
+
+def test_5_2_every_loss_has_its_line_and_an_interruption_ends_it(monkeypatch, tmp_path):
+    lines = {}
+
+    def chart(found, *more):
+        lines.update(found)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(plots, "chart", chart)
+    names = "run,update,train_loss,validation_loss,validation_loss_ema"
+    (tmp_path / "log.csv").write_text(f"{names}\n1,10,0.5,0.4,0.3\n2,20,0.2,,\n")
+    plots.draw_losses(plots.log_rows(tmp_path / "log.csv"), tmp_path / "loss.png")
+    assert lines["training"] == [([10], [0.5]), ([20], [0.2])]
+    assert lines["validation"] == [([10], [0.4])]
+    assert lines["validation, averaged weights"] == [([10], [0.3])]
+
+
+def test_an_error_bar_reaches_one_standard_error_down():
+    """1 with the error 0.5: the line hides the upper half of the bar's middle."""
+    rows = [{"label": "a", "set": "all", "share": 1.0, "share_error": 0.5}]
+    picture = np.asarray(bars(rows, "share", "")).astype(int)
+    ink = (np.abs(picture - plots.PALETTE[0]).max(-1) < 12)[50:].sum(0)  # in every column
+    assert ink[474:481].min() / ink[460] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_film_runs_forwards_and_rests_at_its_end(tmp_path):
+    plots.save([Image.new("L", (4, 4), grey) for grey in (0, 90, 180)], tmp_path / "a.gif")
+    film, seen = Image.open(tmp_path / "a.gif"), []
+    for i in range(film.n_frames):
+        film.seek(i)
+        seen.append((film.convert("L").getpixel((0, 0)), film.info["duration"]))
+    assert seen == [(0, 70), (90, 70), (180, 2500)] and film.info["loop"] == 0
+
+
+def test_real_images_are_grey_in_every_chart():
+    rows = [{"label": "a", "set": name, "share": 1.0} for name in ("real", "ours")]
+    picture = np.asarray(bars(rows, "share", "")).astype(int)[50:]  # below the legend
+    counts = [
+        (np.abs(picture - colour).max(-1) < 6).sum()
+        for colour in (plots.GREY, plots.PALETTE[0], plots.PALETTE[1])
+    ]
+    assert min(counts[:2]) > 5000 and counts[2] == 0
+
+
+def test_the_losses_have_a_logarithmic_axis():
+    """1, 10 and 100 are equally far apart."""
+    points = {str(x): [([x + 1], [10.0**x])] for x in range(3)}
+    picture = np.asarray(chart(points, "", "", "")).astype(int)[40:]  # below the legend
+    rows = [np.nonzero(np.abs(picture - c).max(-1) < 12)[0].mean() for c in plots.PALETTE[:3]]
+    assert rows[0] - rows[1] == pytest.approx(rows[1] - rows[2], abs=1) and rows[1] > rows[2] + 50
+
+
+def test_figs_4_2_and_4_3_have_both_rules_and_the_labels_that_fit_worst(monkeypatch, tmp_path):
+    """Ten images, orange in RGB and green in LAB; the last one's label fits worst."""
+    seen, blank = {}, Image.new("RGB", (8, 8))
+    images, zeros = np.zeros((10, 8, 8, 3), np.uint8), np.zeros(10, int)
+    found = SimpleNamespace(images=images)
+    monkeypatch.setattr(plots.data, "open_set", lambda *a, **k: found)
+    monkeypatch.setattr(plots, "relabel", lambda images: (zeros, zeros + 1, np.arange(10.0)))
+    monkeypatch.setattr(plots, "bars", lambda rows, *a: seen.update(bars=rows) or blank)
+    monkeypatch.setattr(plots, "picture_rows", lambda rows, n: seen.update(rows=rows) or blank)
+    plots.relabel_command(SimpleNamespace(set="x", size=8, out=tmp_path))
+    ((name, _, worst),) = seen["rows"]
+    assert name == "orange > green" and worst.tolist() == [9, 8, 7, 6, 5, 4, 3, 2]
+    shares = {(row["set"], row["label"]): row["share"] for row in seen["bars"] if row["share"]}
+    assert shares == {("RGB", "orange"): 100, ("LAB", "green"): 100}

@@ -894,3 +894,126 @@ def test_b3_a_start_without_the_mean_colour_loses_a_part_of_it(N, kept):
     assert reached(sqrt_linear_schedule(), started=False) == pytest.approx(kept, abs=0.008)
     assert reached(sqrt_linear_schedule(), started=True) == pytest.approx(1, abs=0.008)
     assert reached(cosine_schedule(), started=False) == pytest.approx(1, abs=0.008)
+
+
+def test_the_path_is_x_t_and_the_predicted_x_0_of_evenly_spaced_steps(tiny_model):
+    model = load(tiny_model)
+    states = [state[1:] for state in denoise(model, [0], [0], steps=7)]
+    shown = list(sample.along_the_path(model, [0], [0], 4, 7))
+    for found, i in zip(shown, (0, 2, 4, 6), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, states[i], strict=True))
+        assert not torch.equal(*found) or i == 6
+
+
+def test_a_classifier_answers_in_float32():
+    settings = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "schedule": "linear", "T": 10}
+    settings |= {"shape": (3, 8, 8), "space": "pixels"}
+    classifier = build_classifier(settings, ["a", "b"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert classifier.log_f(torch.zeros(1, 3, 8, 8), 5).dtype == torch.float32
+    assert classifier.diffusion.T == 10
+
+
+def test_every_flag_reaches_the_sampler(draw, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, y, seeds, **how):
+        seen.append(([int(label) for label in y], [int(seed) for seed in seeds], how))
+        x = torch.zeros(len(y), 3, 32, 32)
+        yield 0, x, x
+
+    monkeypatch.setattr(sample, "denoise", spy)
+    flags = ("--sampler", "ddim", "--eta", 0.5, "--scale", 3, "--guide-above", 1.5, "--clip")
+    flags += ("--precision", "bf16", "--seed", 7)
+    how = {"sampler": "ddim", "eta": 0.5, "scale": 3, "guide_above": 1.5, "clip": True}
+    how |= {"bf16": True, "steps": 2, "classifier": None}
+    everything = [*range(27)]
+    for name, words, y, seeds in (
+        ("a.png", ("--label", "B", "--n", 2), [1, 1], [7, 8]),
+        ("a.png", ("--text", "CA"), [2, 0], [7, 8]),
+        ("a.png", ("--strip", "--label", "B", "--n", 1), [1], [7]),
+        ("a.gif", ("--gif", "--n", 3), [0, 1, 2], [7, 8, 9]),
+        ("a.png", ("--grid", "--n", 1), everything, [7] * 27),
+        ("set", ("--per-label", 2, "--label", "B"), [1, 1], [7, 8]),
+    ):
+        seen.clear()
+        draw(tmp_path / name, *words, *flags)
+        assert seen == [(y, seeds, how)], words
+    seen.clear()
+    draw(tmp_path / "a.png")
+    how = {"sampler": "plms", "eta": 0, "scale": 2, "guide_above": 0, "clip": None}
+    how |= {"bf16": False, "steps": 2, "classifier": None}
+    assert seen == [([26] * 16, [*range(16)], how)]
+
+
+def test_raw_weights_are_those_of_the_model_and_of_the_classifier(draw, tmp_path, monkeypatch):
+    guide, asked = make_tiny_classifier(tmp_path / "guide.pt"), []
+
+    def spy(run, weights, device):
+        asked.append(weights)
+        return load_model(run, "ema", device)
+
+    monkeypatch.setattr(sample, "load_model", spy)
+    how = ("--n", 1, "--guidance", "classifier", "--classifier", guide, "--weights", "raw")
+    draw(tmp_path / "a.png", *how)
+    assert asked == ["raw", "raw"]
+
+
+def test_eq_4_1_ancestral_sampling_gets_the_gradient_once_and_its_scale():
+    """The guided `denoise` is the sampler with the zero-label's eps, beta_tilde and gradient."""
+    model, y, seeds, times = GaussianModel(), torch.tensor([0, 1]), [3, 4], timesteps(1000, 20)
+    model.shape, model.device, model.guide_above, model.clip = (), torch.device("cpu"), 0.0, False
+    noise, gradient = ImageNoise(seeds, (), "cpu"), classifier_gradient(Tilt(), y)
+    more = (noise, "beta_tilde", gradient, 2.5)
+    expected = ddpm(lambda x, t: model.eps(x, t, 2 + 0 * y), noise(), times, A, *more)
+    found = denoise(model, y, seeds, "ddpm", 20, scale=2.5, classifier=Tilt())
+    torch.testing.assert_close(last(found), last(expected))
+
+
+def test_the_variety_of_scales_leaves_the_zero_label_out(monkeypatch, capsys):
+    images = np.zeros((3, 2, 8, 8, 3), np.uint8)
+    images[2, 1] = 255  # the zero-label's two pictures differ, those of the labels do not
+    monkeypatch.setattr(sample, "images_by_label", lambda *a, **k: images)
+    sample.draw_scales(SimpleNamespace(classes=["a", "b"]), 2, 0, [1.0])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["scale", "1", "-", "0.0"]
+
+
+def test_the_bound_is_of_labelled_images_with_new_noise_at_every_step(run, tmp_path, monkeypatch):
+    """Totals 0, 2, 4 and 6 have a standard error of sqrt(20 / 3) / 2."""
+    labels, noises = [], []
+
+    def bound(self, eps, x, noise):
+        noises.extend(noise(t) for t in (1, 2))
+        eps(x, 1)
+        return torch.tensor([[0.0], [2.0], [4.0], [6.0]]) * torch.tensor([0.5, 0.25, 0.25])
+
+    def eps(self, x, t, y):
+        labels.extend(y.tolist())
+        return x
+
+    monkeypatch.setattr(Diffusion, "bound", bound)
+    monkeypatch.setattr("ldm.LabelledDiffusion.eps", eps)
+    model = make_tiny_model(tmp_path / "m.pt", T=2)
+    code, text, err = run("sample", "--bound", "--run", model, "--n", 4, "--device", "cpu")
+    assert code == 0, err
+    assert "3.0000 +- 1.2910 bits" in text
+    assert labels == [0, 8, 16, 25]  # of rows 0, 346, 692, 1039
+    assert (noises[0] - noises[1]).std() == pytest.approx(2**0.5, rel=0.05)
+
+
+def test_reconstructions_stand_below_their_originals_and_are_compared_with_them(
+    monkeypatch, tmp_path, capsys
+):
+    images = np.random.default_rng(0).integers(150, 256, (41, 32, 32, 3), np.uint8)
+    rows = np.arange(41)
+    found = sample.data.ImageSet(images, rows, rows, [str(row) for row in rows])
+    stage = SimpleNamespace(settings={"size": 32}, factor=8)
+    monkeypatch.setattr(sample, "load", lambda *a, **k: stage)
+    monkeypatch.setattr(sample, "open_originals", lambda items, size: found)
+    monkeypatch.setattr(sample, "reconstruct", lambda model, x: 0 * x)
+    args = SimpleNamespace(run="x", out=tmp_path / "a.png", reconstruct=["x"], batch=8)
+    args.size, args.weights = None, "ema"
+    sample.write_reconstructions(args, "cpu")
+    assert float(capsys.readouterr().out.splitlines()[1].split()[1]) > 1  # the Frechet distance
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    assert picture[10:120, -120:-10].min() >= 150 and picture[140:250, -120:-10].max() == 0

@@ -757,3 +757,33 @@ def test_a2_no_file_call_that_windows_forbids(run, tmp_path, monkeypatch):
     Image.new("RGB", (32, 32)).save(tmp_path / "set" / "A" / "new.png")  # so it is packed again
     code, _, err = run("train", *tiny, "--updates", 1, "--out", tmp_path / "run_2")
     assert code == 0, err
+
+
+def test_the_log_has_the_epoch_and_the_rate_of_its_update(undisturbed):
+    s, row = Letters(**newest_checkpoint(undisturbed)[0]["settings"]), rows_of(undisturbed)[-1]
+    assert float(row["epoch"]) == 12 * 8 / 32  # updates, images per update, images
+    rate = learning_rate(s, 11)
+    assert float(row["lr"]) == pytest.approx(rate, rel=1e-5) and rate > 0
+
+
+def test_the_seed_decides_weights_images_and_noise():
+    one, two = (stage(seed=seed, balanced=True) for seed in (0, 1))
+    assert not torch.equal(*(next(s.model.parameters()) for s in (one, two)))
+    assert set(one.rows(0)) != set(two.rows(0))
+    a, b = seen_by(one, 0), seen_by(two, 0)
+    assert not any(torch.equal(a[name], b[name]) for name in ("t", "noise", "x_0"))
+    one.settings.balanced = two.settings.balanced = False
+    assert set(one.rows(0)) != set(two.rows(0))
+
+
+def test_a_preview_has_the_scale_of_its_stage_and_fewer_steps_before_the_end(tmp_path, monkeypatch):
+    asked = []
+
+    def draw(model, columns, labels, **how):
+        asked.append((columns, how["scale"], how["steps"]))
+        return np.zeros((len(labels) + 1, columns, 32, 32, 3), np.uint8)
+
+    monkeypatch.setattr(train, "images_by_label", draw)
+    for p_uncond, T, final in ((0.2, 1000, False), (0.2, 1000, True), (0.0, 5, True)):
+        stage(p_uncond=p_uncond, T=T).preview(tmp_path / "grid.png", final)
+    assert asked == [(4, 2.0, 20), (6, 2.0, 50), (6, 1.0, 5)]

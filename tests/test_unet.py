@@ -249,3 +249,34 @@ def test_4_4_2_the_classifier_is_the_way_down_of_the_unet():
     assert_close(logits[1:2], classifier(x[1:2], t[1:2]))
     assert (classifier(x[:1], t[2:]) - logits[:1]).abs().max() > 1e-3
     assert (classifier(x[:1].flip(-1), t[:1]) - logits[:1]).abs().max() > 1e-3
+
+
+def test_a_spatial_transformer_starts_as_identity():
+    layer, x = SpatialTransformer(32, 6, groups=2), randn(2, 32, 4, 4, dtype=torch.float32)
+    assert torch.equal(layer(x, None, randn(2, 3, 6, dtype=torch.float32)), x)
+
+
+def test_both_heads_normalise_their_features():
+    """Five times as large features give the same answer."""
+    classifier = stir(noisy_classifier((4, 16, 8), 8, 32, (1, 2), 1))
+    h, wide = randn(2, 64, 8, 4, dtype=torch.float32), randn(2, 32, 4, 4, dtype=torch.float32)
+    for head, features in ((classifier.out, h), (stir(letters_unet(32, (1, 2), 1, 27)).out, wide)):
+        assert_close(head(features), head(5 * features), rtol=1e-3, atol=1e-4)
+
+
+def test_the_groups_of_the_letters_model_have_at_least_16_channels():
+    norms = [m for m in letters_unet(32, (1, 2), 1, 27).modules() if hasattr(m, "num_groups")]
+    assert {norm.num_groups for norm in norms} == {2} and len(norms) > 10
+
+
+def test_a_transformer_block_attends_to_itself_then_to_the_context():
+    block, x, context = stir(TransformerBlock(8, 8, 2).double()), randn(2, 5, 8), randn(2, 3, 8)
+    h = x + block.attn1(block.norm1(x))
+    h = h + block.attn2(block.norm2(h), context)
+    assert_close(block(x, context), h + block.ff(block.norm3(h)))
+
+
+def test_letters_by_attention_read_the_label_on_all_levels_but_the_first():
+    unet = letters_unet(32, (1, 2), 1, 27, 64)
+    kinds = [type(module[1]) for module in unet.input_blocks if len(module) > 1]
+    assert kinds == [LinearAttention, SpatialTransformer]

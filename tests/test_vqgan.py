@@ -20,7 +20,7 @@ import ldm
 import train
 from data import UserError, to_tensor
 from ldm import load_model, load_perceptual, save_model
-from sample import open_originals, reconstruct
+from sample import losses_of, open_originals, reconstruct
 from train import AutoencoderStage, FirstStage
 from vqgan import (
     VGG16,
@@ -859,3 +859,56 @@ def test_b14_a_folder_of_any_size_is_reconstructed_a_batch_at_a_time(
     assert mean.startswith("mean") and "sharpness 1.00" in mean
     assert float(distances.split()[1]) < 1e-6 and last.endswith("45 reconstructions")
     assert len(list((tmp_path / "out").iterdir())) == 45
+
+
+def test_nearest_code_tells_codes_apart_that_lie_far_from_zero():
+    """Their squared length is 10^8 times the squared distance: too many digits for float32."""
+    for dim in (4, 12):  # the k-d tree, and the matrix
+        codes = torch.zeros(64, dim)
+        codes[:, 0] = 4096 + torch.arange(64) / 4
+        assert torch.equal(nearest_code(codes, codes), torch.arange(64))
+
+
+def test_a_first_stage_gives_float32_under_autocast():
+    """Distances and losses would see the rounding of bf16."""
+    model, x = VQGAN(**TINY, bottleneck=NoBottleneck()), torch.zeros(1, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x)[0].dtype == model.encode(x).dtype == torch.float32
+
+
+def test_lambda_is_that_of_gradients_averaged_over_the_processes(folder, monkeypatch):
+    """If the other processes cancel both gradients, it is 0."""
+    monkeypatch.setattr(train, "mean_across", lambda gradient: 0 * gradient)
+    s = stage(folder)
+    s.loss(0)
+    assert s.figures["lambda"] == 0
+
+
+def test_the_weight_of_the_kl_term_is_that_of_training():
+    assert GaussianBottleneck().kl_weight == FirstStage().kl_weight == 1e-4
+
+
+def test_4_4_7_what_is_left_of_an_image():
+    """Stripes of 100 and 200 become 125 and 175: half the sharpness, 25 grey levels away."""
+    stripes = np.tile(np.array([100, 200], np.uint8), (8, 4))[..., None].repeat(3, 2)
+    flat = np.where(stripes == 100, 125, 175).astype(np.uint8)
+    decibel, l1, sharpness = losses_of(stripes, flat)
+    assert decibel == pytest.approx(20 * np.log10(255 / 25), rel=1e-5)
+    assert (l1, sharpness) == (pytest.approx(25 / 255), pytest.approx(0.5))
+
+
+def test_the_best_first_stage_is_one_with_code_book_and_adversary(folder):
+    how = {"disc_start": 5, "quantise_from": 3}
+    assert stage(folder, **how).best_from == 6
+    assert stage(folder, **how, adversarial=0.0).best_from == 4
+    assert stage(folder, **how, adversarial=0.0, bottleneck="kl").best_from == 1
+
+
+def test_squares_are_cut_from_all_places_of_an_image(folder):
+    """Red counts its rows and green its columns: corners from 0 to 32 - 16."""
+    s, place = stage(folder), np.arange(32, dtype=np.uint8)
+    image = np.stack(np.broadcast_arrays(place[:, None], place, 0), axis=-1)
+    s.data.images = image[None].astype(np.uint8)
+    squares = data.to_uint8(s.images(np.zeros(400, int), data.rng(1)))
+    corners = squares[:, 0, 0, :2]
+    assert corners.min(0).tolist() == [0, 0] and corners.max(0).tolist() == [16, 16]
