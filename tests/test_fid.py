@@ -614,7 +614,7 @@ def test_downloads_are_checked(monkeypatch, no_inception, refused, tmp_path):
 # ----------------------------------------------------- faults that were found by trying the product
 
 
-def test_inception_is_given_values_from_0_to_1_without_antialiasing():
+def test_inception_is_given_values_from_0_to_1():
     seen = []
 
     class Spy(torch.nn.Module):

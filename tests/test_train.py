@@ -473,24 +473,24 @@ def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
         assert "is not finite at update" in error and not list(out.glob("*.pt"))
 
 
-def test_full_disk_keeps_the_previous_checkpoint(refused, undisturbed):
-    before = contents(undisturbed)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-    try:
-        resume = ("--resume", "--updates", 14, "--out", undisturbed)
-        error = refused("train", "--stage", "letters", *resume)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "cannot write" in error and "nothing was changed" in error
-    assert contents(undisturbed) == before
-    assert [p.name for p in undisturbed.iterdir() if p.name.startswith(".")] == []
-
-
 @pytest.fixture
 def copied(undisturbed, tmp_path):
     """A run at its end that may be damaged. It may go on for two updates."""
     return Path(shutil.copytree(undisturbed, tmp_path / "copy"))
+
+
+def test_full_disk_keeps_the_previous_checkpoint(refused, copied):
+    before = contents(copied)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        resume = ("--resume", "--updates", 14, "--out", copied)
+        error = refused("train", "--stage", "letters", *resume)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in error and "nothing was changed" in error
+    assert contents(copied) == before
+    assert [p.name for p in copied.iterdir() if p.name.startswith(".")] == []
 
 
 def test_a_model_without_checkpoints_is_not_overwritten(refused, copied):
