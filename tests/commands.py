@@ -31,6 +31,7 @@ LETTERS = "--updates 2 --channels 16 --multipliers 1 1 --overfit 26"
 LATENT = "--updates 2 --channels 32 --multipliers 1 1"
 SHORTER = (  # the first pattern that a command contains -> flags that make it short
     (r"--(help|reconstruct|prior)\b", ""),
+    (r"--bound", "--n 1"),
     (r"--resume", "--updates 3"),
     (r"--init", "--updates 2 --size 32"),
     (r"--condition attention", LETTERS.replace("--channels 16", "--channels 32")),
