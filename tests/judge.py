@@ -1,7 +1,7 @@
 """A judge of composition: which of the painter's eight compositions does a picture have?
 
-    python tests/judge.py train                       make assets/composition_judge.pt (minutes)
-    python tests/judge.py SET [NAME=SET ...]          judge sets against the painter's pictures
+    python tests/judge.py train               over ten minutes -> assets/composition_judge.pt
+    python tests/judge.py SET [NAME=SET ...]  judge sets against the pictures of the painter
 
 The judge sees thumbnails of 64 x 64 pixels. Its training permutes, inverts and scales the channels,
 so it is blind to colour. For every set, the table says how surely a composition is named, which
