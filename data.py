@@ -79,11 +79,8 @@ def run_program(main):
     except OSError as error:  # such as a full disk
         message = f"{error.filename or 'a file'}: {error.strerror or error}"
     except RuntimeError as error:  # of torch
-        text, compiler = (
-            str(error),
-            type(error).__module__.startswith(("torch._dynamo", "torch._i")),
-        )
-        if compiler:
+        text = str(error)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             message = f"--compile does not work here ({text.strip().splitlines()[0]}); leave it out"
         elif any(words in text for words in ("out of memory", "can't allocate memory")):
             message = "not enough memory: use a smaller --batch, or train.py's --accumulate"
@@ -225,12 +222,12 @@ class ImageSet:
         order. Threads read them. At the end, one line names those that could not be decoded.
         UserError if none could."""
 
+        files = isinstance(self.images, Files)
+        source, read = (self.images.files, decode) if files else (self.images, fit)
+
         def load(row):
             try:
-                files = isinstance(self.images, Files)
-                image = (
-                    decode(self.images.files[row], size) if files else fit(self.images[row], size)
-                )
+                image = read(source[row], size)
             except UserError as error:
                 return row, None, f"{self.name(row)} ({error})"
             return row, image, function(row, image)

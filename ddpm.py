@@ -61,7 +61,7 @@ def linear_schedule(T=1000, start=None, end=None):
 
     From 0.1 / T to 20 / T, so that alpha_bar_T hardly depends on T; at most 0.999.
     """
-    start, end = start or 0.1 / T, end or 20 / T
+    start, end = 0.1 / T if start is None else start, 20 / T if end is None else end
     return torch.linspace(start, end, T, dtype=torch.float64).clamp(max=0.999)
 
 
@@ -70,7 +70,7 @@ def sqrt_linear_schedule(T=1000, start=None, end=None):
 
     From 1.5 / T to 19.5 / T, at most 0.999.
     """
-    start, end = start or 1.5 / T, end or 19.5 / T
+    start, end = 1.5 / T if start is None else start, 19.5 / T if end is None else end
     beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
     return beta.clamp(max=0.999)
 

@@ -496,7 +496,8 @@ def print_losses(table, sets):
         print(f"{name:20}  PSNR {decibel:5.2f} dB  L1 {l1:.4f}  sharpness {share:.2f}")
     if sets[0]:
         numbers = compare(*map(torch.cat, sets))
-        print(*(f"{name} {numbers[name]:.3g} " for name in ("frechet", "kernel", "kernel_error")))
+        names = ("frechet", "kernel", "kernel_error")
+        print("  ".join(f"{name} {numbers[name]:.3g}" for name in names))
 
 
 def write_reconstructions(args, device):

@@ -142,9 +142,9 @@ class Letters(Diffusion):
         "sum", "the label: sum with t (fig. 4.6) or attention (4.4.4)", choices=("sum", "attention")
     )
 
-    def complete(self):
-        self.multiple = 32 if self.condition == "attention" else 16  # 32 channels per head
-        super().complete()
+    @property
+    def multiple(self):
+        return 32 if self.condition == "attention" else 16  # 32 channels per head
 
 
 @dataclass
@@ -362,8 +362,8 @@ def new_settings(Kind, typed):
     device, size = typed.get("device", "auto"), typed.get("model", "auto")
     device = data.check_device(data.best_device() if device == "auto" else device)
     if size == "auto":
-        gpu = torch.device(device).type == "cuda" and torch.cuda.get_device_properties(device)
-        large = bool(gpu) and gpu.total_memory > LARGE_GPU
+        gpu = torch.device(device).type == "cuda"
+        large = gpu and torch.cuda.get_device_properties(device).total_memory > LARGE_GPU
         size, other = ("thesis", "small") if large else ("small", "thesis")
         why = f"{'a' if large else 'no'} GPU with more than {LARGE_GPU / 2**30:.0f} GiB here"
         print(f"--model {size}: {why}; --model {other} is the other one (see --help)")
@@ -1461,8 +1461,8 @@ def in_company(program, device="auto"):
 
     code, others = 1, int(os.environ["LOCAL_RANK"]) > 0
     try:
-        silent = contextlib.redirect_stderr(open(os.devnull, "w"))  # noqa: SIM115
-        with silent if others else contextlib.nullcontext():
+        errors = open(os.devnull, "w") if others else sys.stderr  # noqa: SIM115
+        with contextlib.redirect_stderr(errors):
             data.run_program(joined)
         code = 0
     except SystemExit as end:

@@ -22,8 +22,6 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
-import torch
 from PIL import Image, ImageFont
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +99,7 @@ def make_images(folder):
 
 def make_published_files(folder):
     """Small files in the published form, and their families in the copy of ldm.py."""
+    import torch
     from conftest import lightning_file
     from test_ldm import FAMILIES, SMALL_STAGE, published
 
@@ -173,6 +172,7 @@ def main():
         hidden = shutil.ignore_patterns(".*", "runs", "figures", "__pycache__")
         shutil.copytree(ROOT, folder, ignore=hidden, dirs_exist_ok=True)
         os.chdir(folder)
+        os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         shorten(Path(folder))
         sys.path[:0] = [folder, f"{folder}/tests"]
