@@ -364,7 +364,7 @@ def losses_command(args):
     logs = {}
     for run in args.runs:
         log = Path(run, "log.csv")
-        logs[Path(run).name] = rows = log_rows(log) if log.exists() else []
+        logs[run] = rows = log_rows(log) if log.exists() else []
         if not rows:
             raise UserError(f"{log}: no such file, or no losses in it yet; train.py writes it")
     if len(logs) == 1:

@@ -80,6 +80,21 @@ def test_5_2_the_chart_of_a_log(tmp_path, run, refused):
     assert "not the name of a picture" in refused("plots", "losses", tmp_path, "--out", "loss")
 
 
+def test_two_runs_of_one_name_are_two_curves(run, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        plots, "chart", lambda found, *text: lines.append(found) or Image.new("L", (9, 9))
+    )
+    for number, folder in enumerate(("a/run", "b/run")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "log.csv").write_text(
+            f"run,update,validation_loss\n1,5,0.{number + 1}\n"
+        )
+    runs = [str(tmp_path / folder) for folder in ("a/run", "b/run")]
+    assert run("plots", "losses", *runs, "--out", tmp_path / "two.png")[0] == 0
+    assert lines == [{runs[0]: [([5], [0.1])], runs[1]: [([5], [0.2])]}]
+
+
 def test_bars_are_as_high_as_their_shares():
     shares = {"a": 50, "b": 25, "c": 25, "d": float("nan")}
     rows = [{"label": label, "set": "all", "share": share} for label, share in shares.items()]
