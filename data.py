@@ -575,6 +575,11 @@ def to_tensor(images):
     return x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
 
 
+def view(x, k):
+    """One of the eight views of squares (..., n, n): mirrored if k is odd, turned k // 2 times."""
+    return (x.flip(-1) if k % 2 else x).rot90(k // 2, (-2, -1))
+
+
 def to_uint8(x):
     """Inverse of `to_tensor`: (B, 3, H, W) in [-1, 1], clamped -> (B, H, W, 3) uint8 array."""
     x = ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()

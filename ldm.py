@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import UserError, cache_folder, whole_file, write_npy
+from data import UserError, cache_folder, view, whole_file, write_npy
 from ddpm import SCHEDULES, Diffusion
 from unet import latent_unet, letters_unet, noisy_classifier
 from vqgan import VQGAN, Codebook, GaussianBottleneck, NoBottleneck, PerceptualLoss
@@ -255,29 +255,30 @@ def space_of(model):
 
 
 @torch.no_grad()
-def encode_set(data, first_stage, flip, device, batch=16):
-    """4.4.7: the latents of all images of a `data.ImageSet`, as a memory map (N, 1 or 2, C, h, w).
+def encode_set(data, first_stage, views, device, batch=16):
+    """4.4.7: the latents of all images of a `data.ImageSet`, as a memory map (N, views, C, h, w).
 
-    With flip, the second latent is that of the mirrored image. They are computed once and kept in a
-    file. Its name depends on the images, the first stage and flip; older files may be deleted.
+    They are those of the first `views` views of every image, see `data.view`. They are computed
+    once and kept in a file, whose name depends on images, first stage and views; older files may be
+    deleted.
     """
     images = data.images
     packed = Path(images.filename) if isinstance(images, np.memmap) else None
     folder = packed.parent if packed and os.access(packed.parent, os.W_OK) else cache_folder()
     date = packed.stat().st_mtime_ns if packed else 0
-    key = f"{data.fingerprint()} {date} {flip} {fingerprint(first_stage)}"
+    key = f"{data.fingerprint()} {date} {views} {fingerprint(first_stage)}"
     path = folder / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
 
     def latents():
         for i in tqdm(range(0, len(images), batch), "encoding", unit="batch", disable=None):
             x, _ = data.batch(np.arange(i, min(i + batch, len(images))), device)
-            z = [first_stage.encode(view) for view in (x, x.flip(-1))[: 1 + flip]]
+            z = [first_stage.encode(view(x, k)) for k in range(views)]
             yield from torch.stack(z, dim=1).float().cpu().numpy()
 
     if not path.exists():
         h, w = (side // first_stage.factor for side in images.shape[1:3])
         with whole_file(path) as temporary:
-            write_npy(temporary, (1 + flip, first_stage.z_channels, h, w), np.float32, latents())
+            write_npy(temporary, (views, first_stage.z_channels, h, w), np.float32, latents())
     return np.load(path, mmap_mode="r")
 
 

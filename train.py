@@ -94,7 +94,7 @@ class Settings:
     channels: int = setting(64, "channels of the first level", above=0)
     multipliers: tuple = setting((1, 2, 4, 8), "channels per level / channels", kind=int, nargs="+")
     ema: float = setting(0.9995, "decay of the averaged weights, 0 = no average", least=0, below=1)
-    flip: bool = setting(False, "mirror half of the images (makes letters wrong, E41)")
+    views: int = setting(1, "2 = images also mirrored (E41), 8 = also turned", choices=(1, 2, 8))
     balanced: bool = setting(False, "draw every label equally often")
     overfit: int = setting(0, "train on the first N images only, as a check; 0 = all", least=0)
     seed: int = setting(0, "of the weights and of all random draws", least=0, below=2**62)
@@ -512,24 +512,24 @@ class DiffusionStage(Stage):
     """Stages whose loss is taken at a random t with random noise, on pixels or on latents."""
 
     columns = ("colour_distance",)
-    latents, latent_scale = None, 1.0  # (N, 1 or 2, C, h, w), the second of the mirrored image
+    latents, latent_scale = None, 1.0  # (N, views, C, h, w)
 
     def encode(self, first_stage):
         with first_of_machine():  # which encodes the images, if need be
-            flip, device = self.settings.flip, self.settings.device
-            self.latents = ldm.encode_set(self.data, first_stage, flip, device)
+            views, device = self.settings.views, self.settings.device
+            self.latents = ldm.encode_set(self.data, first_stage, views, device)
 
-    def examples(self, rows, mirrored=None):
-        """x_0 and labels of the rows. mirrored: (B,) bool, which images to mirror; None = none."""
+    def examples(self, rows, views=None):
+        """x_0 and labels of the rows. views: (B,), the numbers of `data.view`; None = 0."""
         device = self.settings.device
         if self.latents is not None:
-            z = self.latents[rows, 0 if mirrored is None else mirrored.long().numpy()]
+            z = self.latents[rows, 0 if views is None else views.numpy()]
             y = self.data.labels[rows]
             z, y = (torch.from_numpy(a).to(device, non_blocking=True) for a in (z, y))
             return self.latent_scale * z, y
         x, y = self.data.batch(rows, device)
-        if mirrored is not None:
-            x = torch.where(mirrored.to(device)[:, None, None, None], x.flip(-1), x)
+        if views is not None:
+            x = torch.stack([data.view(image, k) for image, k in zip(x, views.tolist())])
         return x, y
 
     def told(self, y, u):
@@ -542,9 +542,9 @@ class DiffusionStage(Stage):
         draw = rng(s.seed, n, 2)
         t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
         noise = torch.randn((s.batch, *self.model.shape), generator=draw)
-        u, mirror = torch.rand((2, s.batch), generator=draw)
+        u, turn = torch.rand((2, s.batch), generator=draw)
         t, noise, u = (a[part].to(s.device, non_blocking=True) for a in (t, noise, u))
-        x, y = self.examples(self.rows(n)[part], ((mirror < 0.5) & s.flip)[part])
+        x, y = self.examples(self.rows(n)[part], (turn * s.views).long()[part])
         return self.model.loss(x, self.told(y, u), t, noise).mean()
 
     @torch.no_grad()
@@ -796,9 +796,7 @@ class AutoencoderStage(Stage):
         return players
 
     def images(self, rows, draw, part=WHOLE):
-        """Random squares of the images rows[part], half of them mirrored with --flip.
-
-        Returns (B, 3, crop, crop)."""
+        """Random squares of random views of the images rows[part]: (B, 3, crop, crop)."""
         s = self.settings
         height, width = self.data.images.shape[1:3]
         places = torch.tensor([height - s.crop + 1, width - s.crop + 1])
@@ -808,9 +806,8 @@ class AutoencoderStage(Stage):
             for row, (y, x) in zip(rows[part], corners)
         ]
         x = data.to_tensor(np.stack(squares))
-        if s.flip:
-            mirror = torch.rand(len(rows), generator=draw)[part, None, None, None]
-            x = torch.where(mirror < 0.5, x.flip(-1), x)
+        views = (torch.rand(len(rows), generator=draw) * s.views).long()[part]
+        x = torch.stack([data.view(square, k) for square, k in zip(x, views.tolist())])
         return x.to(s.device, non_blocking=True)
 
     def loss(self, n, part=WHOLE):

@@ -33,6 +33,7 @@ from data import (
     to_tensor,
     to_uint8,
     validation_images,
+    view,
     whole_file,
 )
 
@@ -162,6 +163,18 @@ def test_values_become_minus_one_to_one_and_back_exactly():
     colour = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
     assert np.array_equal(to_uint8(to_tensor(colour)), colour)
     assert to_uint8(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_the_eight_views_are_the_symmetries_of_a_square():
+    x = torch.arange(9.0).view(3, 3)
+    views = [view(x, k) for k in range(8)]
+    assert torch.equal(views[0], x) and torch.equal(views[1], x.flip(1))
+    wanted = {
+        tuple(one.flatten().tolist())
+        for m in (x, x.T)
+        for one in (m, m.flip(0), m.flip(1), m.flip(0, 1))
+    }
+    assert {tuple(one.flatten().tolist()) for one in views} == wanted and len(wanted) == 8
 
 
 def test_crop_comes_before_resize_so_nothing_is_deformed():

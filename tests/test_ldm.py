@@ -14,7 +14,7 @@ from PIL import Image
 
 import ldm
 import train
-from data import COLOURS, UserError, to_tensor
+from data import COLOURS, UserError, to_tensor, view
 from ddpm import SCHEDULES, drop_labels
 from fid import mean_colour_distances, variety
 from ldm import build_first_stage, build_latent, fingerprint, load_model, save_model
@@ -176,7 +176,7 @@ def stage(folder, first_stage, **changes):
     return s
 
 
-def test_latents_are_encoded_once_for_each_first_stage_set_size_and_flip(
+def test_latents_are_encoded_once_for_each_first_stage_set_size_and_number_of_views(
     folder, first_stage, tmp_path, monkeypatch
 ):
     encoded, encode = [], VQGAN.encode
@@ -189,7 +189,7 @@ def test_latents_are_encoded_once_for_each_first_stage_set_size_and_flip(
 
     other = make_first_stage(tmp_path / "other.pt", seed=1)
     assert count(first_stage) in (0, 96) and count(first_stage) == 0
-    assert count(first_stage, flip=True) in (0, 192) and count(first_stage, flip=True) == 0
+    assert count(first_stage, views=2) in (0, 192) and count(first_stage, views=2) == 0
     assert count(other) == count(first_stage, size=32) == 96 and count(first_stage) == 0
     packed = count.images.stat().st_mtime_ns
     os.utime(count.images, ns=(0, packed + 1))  # as if the set had been packed again
@@ -224,21 +224,21 @@ def test_latents_have_unit_deviation_unless_the_scale_is_given(folder, first_sta
     assert stage(folder, first_stage, latent_scale=2.0).model.latent_scale == 2.0
 
 
-def test_flip_takes_the_latent_of_the_mirrored_image(folder, first_stage):
-    s = stage(folder, first_stage, flip=True, latent_scale=1.0)
-    assert s.latents.shape == (96, 2, 4, 8, 8) and s.latents.dtype == np.float32
+def test_an_example_is_the_latent_of_a_random_view(folder, first_stage):
+    s = stage(folder, first_stage, views=8, latent_scale=1.0)
+    assert s.latents.shape == (96, 8, 4, 8, 8) and s.latents.dtype == np.float32
     image = to_tensor(np.array(s.data.images[[0, 95]]))
-    for column, x in enumerate((image, image.flip(-1))):
-        z = torch.tensor(s.latents[[0, 95], column])
-        torch.testing.assert_close(z, s.model.encode(x), rtol=1e-4, atol=1e-5)
-    rows, mirrored = s.train_rows[:4], torch.tensor([True, False, True, False])
-    for z, row, m in zip(s.examples(rows, mirrored)[0], rows, mirrored):
-        assert torch.equal(z, torch.tensor(s.latents[row, int(m)]))
+    for k in range(8):
+        z = torch.tensor(s.latents[[0, 95], k])
+        torch.testing.assert_close(z, s.model.encode(view(image, k)), rtol=1e-4, atol=1e-5)
+    rows, views = s.train_rows[:4], torch.tensor([7, 0, 3, 1])
+    for z, row, k in zip(s.examples(rows, views)[0], rows, views.tolist()):
+        assert torch.equal(z, torch.tensor(s.latents[row, k]))
     seen, zeros = [], (torch.zeros(8, *s.model.shape), torch.zeros(8).long())
-    s.examples = lambda rows, mirrored: seen.append(mirrored) or zeros
-    for n in range(20):
+    s.examples = lambda rows, views: seen.append(views) or zeros
+    for n in range(40):
         s.loss(n)
-    assert 0.3 < torch.cat(seen).float().mean() < 0.7
+    assert (torch.bincount(torch.cat(seen), minlength=8) / 320 - 1 / 8).abs().max() < 0.06
 
 
 def test_balanced_batches_show_every_label_equally_often(folder, first_stage):
@@ -271,7 +271,7 @@ def test_activation_checkpointing_changes_no_gradient_and_holds_less():
 
 
 def test_update_is_a_function_of_seed_and_number(folder, first_stage):
-    a, b = (stage(folder, first_stage, flip=True) for _ in range(2))
+    a, b = (stage(folder, first_stage, views=8) for _ in range(2))
     assert a.loss(7).item() == b.loss(7).item() != a.loss(8).item()
     assert a.validate() == b.validate()
 
@@ -291,7 +291,7 @@ ARGUMENTS += ("--save-every", 4, "--validate-every", 4, "--preview-every", 3)
 def undisturbed(folder, first_stage, tmp_path_factory):
     """A run of eight updates without interruption."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    more = ("--flip", "--data", folder, "--first-stage", first_stage, "--out", out)
+    more = ("--views", 2, "--data", folder, "--first-stage", first_stage, "--out", out)
     train.train(*train.parse([str(word) for word in ARGUMENTS + more]))
     return out
 
@@ -328,7 +328,7 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(
             os.kill(os.getpid(), 15)
 
     monkeypatch.setattr(EMA, "update", interrupt)
-    more = ("--flip", "--data", folder, "--first-stage", first_stage, "--out", out)
+    more = ("--views", 2, "--data", folder, "--first-stage", first_stage, "--out", out)
     code, *_ = run("train", *ARGUMENTS, *more)
     assert code == 128 + 15
     monkeypatch.setattr(EMA, "update", update)
@@ -348,7 +348,7 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(
 ):
     """Its x_0 are those of the guided model, mirrored ones included. It guides no other model."""
     out = tmp_path / "classifier"
-    how = ("--stage", "classifier", "--device", "cpu", "--precision", "float32", "--flip")
+    how = ("--stage", "classifier", "--device", "cpu", "--precision", "float32", "--views", "2")
     how += ("--multipliers", 1, 2, "--batch", 8, "--run", undisturbed, "--updates", 2)
     code, _, err = run("train", *how, "--out", out)
     assert code == 0, err

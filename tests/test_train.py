@@ -75,9 +75,9 @@ def test_t_is_uniform_on_1_to_T_and_labels_are_dropped():
     assert abs(torch.cat([u["noise"].flatten() for u in updates]).std() - 1) < 0.01
 
 
-def test_flip_mirrors_half_of_the_images_and_is_off_by_default():
+def test_two_views_mirror_half_of_the_images_and_one_is_the_default():
     """E41: a mirrored letter does not fit its label."""
-    plain, flipped = stage(p_uncond=0.0), stage(p_uncond=0.0, flip=True)
+    plain, flipped = stage(p_uncond=0.0), stage(p_uncond=0.0, views=2)
     mirrored = 0
     for n in range(40):
         for one, two in zip(seen_by(plain, n)["x_0"], seen_by(flipped, n)["x_0"]):
@@ -586,7 +586,7 @@ def test_help_shows_the_value_of_every_setting_of_both_sizes(run):
 def test_every_image_has_noise_of_its_own_and_flips_and_drops_are_independent():
     noise = seen_by(stage(), 0)["noise"]
     assert not torch.allclose(noise[0], noise[1])
-    flipping, plain = stage(p_uncond=0.5, flip=True), stage(p_uncond=0.5)
+    flipping, plain = stage(p_uncond=0.5, views=2), stage(p_uncond=0.5)
     pairs = [(seen_by(flipping, n), seen_by(plain, n)) for n in range(60)]
     flipped = torch.cat([(a["x_0"] != b["x_0"]).flatten(1).any(1) for a, b in pairs]).double()
     dropped = torch.cat([a["y"] == 26 for a, _ in pairs]).double()

@@ -527,7 +527,7 @@ def test_a_model_saved_before_the_code_book_joined_does_not_quantise(tmp_path):
 
 
 def test_an_update_is_a_function_of_seed_and_number(folder):
-    a, b = stage(folder, bottleneck="kl", flip=True), stage(folder, bottleneck="kl", flip=True)
+    a, b = (stage(folder, bottleneck="kl", views=8) for _ in range(2))
     assert a.loss(7).item() == b.loss(7).item() != a.loss(8).item()
     assert a.validate() == b.validate()
 
