@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import UserError, cache_folder, view, whole_file, write_npy
+from data import ASSETS, UserError, cache_folder, view, whole_file, write_npy
 from ddpm import SCHEDULES, Diffusion
 from unet import latent_unet, letters_unet, noisy_classifier
 from vqgan import VQGAN, Codebook, GaussianBottleneck, NoBottleneck, PerceptualLoss
@@ -221,6 +221,7 @@ def build_first_stage(settings):
         bottleneck = NoBottleneck()
     names = ("channels", "multipliers", "blocks", "attention_levels", "z_channels", "groups")
     model = VQGAN(**{name: s[name] for name in names}, bottleneck=bottleneck)
+    model.equivariant = s.get("equivariant", False)  # published models have no such setting
     return model.to(memory_format=torch.channels_last)
 
 
@@ -255,18 +256,18 @@ def space_of(model):
 
 
 @torch.no_grad()
-def encode_set(data, first_stage, views, device, batch=16):
+def encode_set(data, first_stage, views, device, precision, batch=16):
     """4.4.7: the latents of all images of a `data.ImageSet`, as a memory map (N, views, C, h, w).
 
     They are those of the first `views` views of every image, see `data.view`. They are computed
-    once and kept in a file, whose name depends on images, first stage and views; older files may be
-    deleted.
+    once and kept in a file, whose name depends on images, views, precision and first stage; older
+    files may be deleted.
     """
     images = data.images
     packed = Path(images.filename) if isinstance(images, np.memmap) else None
     folder = packed.parent if packed and os.access(packed.parent, os.W_OK) else cache_folder()
     date = packed.stat().st_mtime_ns if packed else 0
-    key = f"{data.fingerprint()} {date} {views} {fingerprint(first_stage)}"
+    key = f"{data.fingerprint()} {date} {views} {precision} {fingerprint(first_stage)}"
     path = folder / f"latents-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
 
     def latents():
@@ -300,10 +301,11 @@ def save_model(path, stage, settings, classes, update, weights, split=None):
 def load_model(path, weights="ema", device="cpu"):
     """The model of a run folder or a model file, with attributes `stage`, `settings` and `update`.
 
-    Published files of the known families open as well. Raises UserError for any other file.
-    A file cannot run code: only tensors and plain values are read.
+    "letters" and "paintings" are the models of runs/letters and runs/ldm or, without such a run,
+    those that come with the project. Published files of the known families open as well. Raises
+    UserError for any other file. A file cannot run code: only tensors and plain values are read.
     """
-    path = Path(path)
+    path = own_model(path) if path in OWN_RUNS else Path(path)
     path = path / "model.pt" if path.is_dir() else path
     content = read_checkpoint(path)
     try:
@@ -323,6 +325,14 @@ def load_model(path, weights="ema", device="cpu"):
     if settings.get("bottleneck") == "vq":
         model.quantize.active = update >= settings["quantise_from"]
     return model.to(device).eval()
+
+
+OWN_RUNS = {"letters": Path("runs", "letters"), "paintings": Path("runs", "ldm")}
+
+
+def own_model(name):
+    trained = OWN_RUNS[name] / "model.pt"
+    return trained if trained.exists() else ASSETS / f"{name}.pt"
 
 
 def write_checkpoint(path, content):

@@ -293,10 +293,11 @@ def denoise(
     yield from SAMPLERS[sampler](eps, model.start(y, noise()), times, alpha_bar, *more)
 
 
-def load(run=None, weights="ema", device="cpu", compile=False, kind="diffusion model"):
-    """The model of a run folder or model file; default: runs/letters, else the project's own."""
-    trained = Path("runs/letters/model.pt")
-    run = run or (trained if trained.exists() else data.ASSETS / "letters.pt")
+def load(run="letters", weights="ema", device="cpu", compile=False, kind="diffusion model"):
+    """The model of a run folder or model file, or "letters" or "paintings", see `ldm.load_model`.
+
+    UserError if it is of another kind: "diffusion model", "first stage" or "classifier".
+    """
     model = load_model(run, weights, device)
     kinds = {"vqgan": "first stage", "classifier": "classifier"}
     found = kinds.get(model.stage, "diffusion model")
@@ -564,7 +565,7 @@ def write_prior(args, device):
 @torch.no_grad()
 def write_bound(args, device):
     """--bound: eq. 3.15, `Diffusion.bound`, for images of a set with their labels."""
-    model = load(args.run, args.weights, device, args.compile)
+    model = load(args.run or "letters", args.weights, device, args.compile)
     if model.stage != "letters":
         raise UserError("--bound: eq. 3.15 is for pixels; this model diffuses latents")
     found, n = data.open_set(args.bound, model.shape[1]), args.n or 16
@@ -605,8 +606,8 @@ def parse():
     mode.add_argument("--prior", nargs="+", help="run folders of first stages: decode z ~ N(0, I)")
     bound = {"nargs": "?", "const": "letters:validation"}
     mode.add_argument("--bound", **bound, help="bits per dimension of a set (letters:validation)")
-    add("--run", help="run folder or model file (default runs/letters, else assets/letters.pt)")
-    add("--label", help="a name or number; none = unconditional (default)")
+    add("--run", help="run folder, model file, letters or paintings (default: by --label)")
+    add("--label", help="a name or number; a colour is painted; none = unconditional (default)")
     add("--n", type=int, help="images or columns (default 16; --gif 32, --grid 8, --strip 2)")
     add("--seed", type=int, default=0, help="image k has seed + k (default 0)")
     add("--out", help="picture; folder for --per-label or --reconstruct")
@@ -656,7 +657,8 @@ def check(args):
 
 def open_models(args, device):
     """The diffusion model, and the settings for `denoise` with the classifier among them."""
-    model = load(args.run, args.weights, device, args.compile)
+    own = "paintings" if (args.label or "").lower() in data.COLOURS else "letters"
+    model = load(args.run or own, args.weights, device, args.compile)
     latent, T = model.stage == "ldm", model.diffusion.T
     if args.steps > T:
         raise UserError(f"--steps {args.steps}: expected 1 to {T}, as in training")
@@ -684,7 +686,11 @@ def open_models(args, device):
 def write_samples(args, device):
     """Everything that a diffusion model draws."""
     model, settings = open_models(args, device)
-    label = label_number(model, args.label or "none")
+    try:
+        label = label_number(model, args.label or "none")
+    except UserError as error:
+        more = "" if args.run else f"; or a colour: {', '.join(data.COLOURS)}"
+        raise UserError(f"{error}{more}") from None
     guided = args.scale != 1 or args.scales or args.guidance == "classifier"
     if model.settings["p_uncond"] == 0 and (guided or args.grid or args.label == "none"):
         note = "this model never saw the zero-label; guidance and 'none' mean nothing"

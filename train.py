@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -85,10 +86,11 @@ class Settings:
     batch: int = setting(512, "images per update, of all processes together", above=0)
     accumulate: int = setting(1, "compute a batch in so many parts", above=0, resume=True)
     strategy: str = setting("ddp", "of several processes", choices=("ddp", "fsdp"), resume=True)
-    lr: float = setting(3e-4, "peak learning rate of AdamW, whatever the batch", above=0)
+    lr: float = setting(3e-4, "peak learning rate, whatever the batch", above=0)
+    optimizer: str = setting("adamw", "muon learns faster", choices=("adamw", "muon"))
     constant_lr: bool = setting(False, "constant after warm-up; default: linear decay to 0")
     warmup: int = setting(100, "updates until the peak learning rate is reached", least=0)
-    weight_decay: float = setting(0.01, "of AdamW", least=0)
+    weight_decay: float = setting(0.01, "of the optimizer", least=0)
     clip: float = setting(1.0, "largest gradient norm", above=0)
     blocks: int = setting(1, "residual blocks per level", above=0)
     channels: int = setting(64, "channels of the first level", above=0)
@@ -151,7 +153,7 @@ class Letters(Diffusion):
 class Classifier(Settings):
     """`--stage classifier`: f(y | x_t, t) for classifier guidance (4.4.2)."""
 
-    run: str | None = setting(None, "model to guide (default: as sample.py)", kind=str, path=True)
+    run: str = setting("letters", "model to guide, see sample.py --run", path=True)
     data: str | None = setting(None, "(default: that of --run)", kind=str, path=True, resume=True)
     out: str = "runs/classifier"
     updates: int = 10_000
@@ -203,6 +205,7 @@ class FirstStage(Settings):
     released: bool = setting(False, "beta on the code-book loss, as in the published code (E14)")
     quantise_from: int | None = setting(None, "(default: updates / 6, at most 1000)", kind=int)
     reseed: bool | None = setting(None, "move unused codes (default: unless --init)")
+    equivariant: bool = setting(False, "see `equivariant_change`; not for vq")
     kl_weight: float = setting(1e-4, "weight of the KL term of a VAE (eq. 3.1)", least=0)
     perceptual: float | None = setting(None, "its weight (default: 1 if it is there)", kind=float)
     perceptual_files: str | None = setting(None, "folder of its weights", kind=str, path=True)
@@ -405,6 +408,8 @@ def settle(settings):
     if s.batch % (world() * s.accumulate):
         parts = f"{world()} processes x --accumulate {s.accumulate}"
         raise UserError(f"--batch {s.batch}: images per update; must be a multiple of {parts}")
+    if s.optimizer == "muon" and dist.is_initialized() and s.strategy == "fsdp":
+        raise UserError("--optimizer muon: needs whole matrices; fsdp has parts (--strategy ddp)")
     if s.strategy == "fsdp" and not isinstance(s, Latent):
         raise UserError("--strategy fsdp: only for --stage ldm; the other networks are small")
     if s.precision == "auto":
@@ -515,22 +520,26 @@ class DiffusionStage(Stage):
     latents, latent_scale = None, 1.0  # (N, views, C, h, w)
 
     def encode(self, first_stage):
-        with first_of_machine():  # which encodes the images, if need be
-            views, device = self.settings.views, self.settings.device
-            self.latents = ldm.encode_set(self.data, first_stage, views, device)
+        """The latents. Those of an equivariant first stage can be turned themselves."""
+        s = self.settings
+        views = 1 if first_stage.equivariant else s.views
+        with first_of_machine(), mixed_precision(s):  # which encodes the images, if need be
+            self.latents = ldm.encode_set(self.data, first_stage, views, s.device, s.precision)
 
     def examples(self, rows, views=None):
         """x_0 and labels of the rows. views: (B,), the numbers of `data.view`; None = 0."""
         device = self.settings.device
-        if self.latents is not None:
-            z = self.latents[rows, 0 if views is None else views.numpy()]
-            y = self.data.labels[rows]
-            z, y = (torch.from_numpy(a).to(device, non_blocking=True) for a in (z, y))
-            return self.latent_scale * z, y
-        x, y = self.data.batch(rows, device)
-        if views is not None:
-            x = torch.stack([data.view(image, k) for image, k in zip(x, views.tolist())])
-        return x, y
+        views = np.zeros(len(rows), int) if views is None else views.numpy()
+        if self.latents is None:
+            x, y = self.data.batch(rows, device)
+        else:
+            encoded = self.latents.shape[1] > 1
+            x = self.latents[rows, views if encoded else 0]
+            x, y = torch.from_numpy(x), torch.from_numpy(self.data.labels[rows])
+            x, y = (a.to(device, non_blocking=True) for a in (self.latent_scale * x, y))
+            if encoded:
+                return x, y
+        return torch.stack([data.view(image, k) for image, k in zip(x, views)]), y
 
     def told(self, y, u):
         """The labels that the network gets: some become the zero-label (4.4.3)."""
@@ -670,6 +679,17 @@ def open_first_stage(run):
     return model
 
 
+def equivariant_change(draw):
+    """A random view, see `data.view`, perhaps at half the size, as a function of images or latents.
+
+    If a latent that is changed so must be decoded to the image that is changed so, then latents
+    are like small images: their low frequencies say what the low frequencies of the image are
+    (EQ-VAE, not in the thesis). A diffusion model learns such latents faster.
+    """
+    k, half = int(torch.randint(8, (), generator=draw)), torch.rand((), generator=draw) < 0.5
+    return lambda x: data.view(F.avg_pool2d(x, 2) if half else x, k)
+
+
 class ClassifierStage(DiffusionStage):
     """The classifier of noised images (4.4.2), in the space of the diffusion that it will guide."""
 
@@ -690,8 +710,7 @@ class ClassifierStage(DiffusionStage):
         if latent:
             self.encode(guided.first_stage.to(s.device))
             self.latent_scale = guided.latent_scale
-        if s.run:
-            self.next += f" --run {shlex.quote(s.run)}"
+        self.next += f" --run {shlex.quote(s.run)}"
         self.model = ldm.build_classifier(asdict(s), self.classes).to(s.device)
         if s.compile:
             self.model.network.compile()
@@ -821,7 +840,9 @@ class AutoencoderStage(Stage):
         x = self.images(self.rows(n), draw, part)
         side = s.crop // self.model.factor
         xi = torch.randn((s.batch, self.model.z_channels, side, side), generator=draw)  # of a VAE
-        x_r, latent_loss, codes = self.model(x, xi[part].to(x.device))
+        change = equivariant_change(draw) if s.equivariant and n % 2 else lambda x: x
+        x_r, latent_loss, codes = self.model(x, xi[part].to(x.device), change)
+        x = change(x)
         rec = self.reconstruction_loss(x, x_r)
         loss = rec.mean() + latent_loss
         self.figures = {"l1": (x_r - x).abs().mean(), "latent_loss": latent_loss}
@@ -969,6 +990,63 @@ def learning_rate(settings, n):
     warmup = min(1, (n + 1) / max(1, s.warmup))
     decay = 1 if s.constant_lr else min(1, (s.updates - n) / max(1, s.updates - s.warmup))
     return s.lr * warmup * decay
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except that each weight matrix W moves along an orthogonal matrix (not in the thesis).
+
+        M <- 0.95 M + G,   W <- W - lr sqrt(max(rows, columns)) orthogonal(G + 0.95 M)
+
+    G is the gradient; the weight of a convolution is a matrix with one row per output channel. All
+    directions of the step are equally long, so rare ones are learned as fast as common ones. The
+    root makes its mean square lr^2. After K. Jordan and others, 2024.
+    """
+
+    def __init__(self, params, matrices, lr, **how):
+        super().__init__(params, lr, **how)
+        self.matrices = matrices
+
+    @torch.no_grad()
+    def step(self):
+        super().step()
+        lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
+        for p in self.matrices:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.mul_(0.95).add_(p.grad)
+            direction = orthogonal((p.grad + 0.95 * momentum).flatten(1))
+            rate = lr * max(direction.shape) ** 0.5
+            p.mul_(1 - lr * decay).sub_(rate * direction.view_as(p))
+
+    def zero_grad(self):
+        super().zero_grad()
+        for p in self.matrices:
+            p.grad = None
+
+
+def orthogonal(m):
+    """About U V^T of the singular value decomposition m = U S V^T, by Newton and Schulz's steps.
+
+    X <- a X + b X X^T X + c (X X^T)^2 X  leaves U and V and drives the singular values to about 1:
+    these coefficients are the fastest, and end between 0.7 and 1.2. m: (rows, columns).
+    """
+    x = (m.T if m.shape[0] > m.shape[1] else m).bfloat16()
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return (x.T if m.shape[0] > m.shape[1] else x).to(m.dtype)
+
+
+def make_optimizer(player, settings):
+    """AdamW, or Muon for the matrices of all layers but tables of embeddings."""
+    s = settings
+    how = {"betas": player.betas, "weight_decay": s.weight_decay, "fused": True}
+    if s.optimizer == "adamw":
+        return torch.optim.AdamW(player.parameters, s.lr, **how)
+    tables = {m.weight for m in player.network.modules() if isinstance(m, torch.nn.Embedding)}
+    matrices = [p for p in player.parameters if p.ndim > 1 and p not in tables]
+    others = [p for p in player.parameters if p.ndim < 2 or p in tables]
+    return Muon(others, matrices, s.lr, **how)
 
 
 class Log:
@@ -1164,7 +1242,7 @@ def run_tensors(players, ema, stage):
         tensors |= {f"{player.name}.{k}": v for k, v in player.network.state_dict().items()}
         for name, p in player.network.named_parameters():
             moments = player.optimizer.state.get(p, {})
-            tensors |= {f"{player.name}_adamw.{name}.{k}": v for k, v in moments.items()}
+            tensors |= {f"{player.name}_optimizer.{name}.{k}": v for k, v in moments.items()}
     return tensors
 
 
@@ -1212,9 +1290,12 @@ def load_tensors(players, ema, stage, names, tensors):
     """Copy the tensors of a checkpoint, which process 0 has, into a run."""
     for player in players:
         for name, p in player.network.named_parameters():
-            if f"{player.name}_adamw.{name}.step" in names:
-                moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-                player.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            for key in ("step", "exp_avg", "exp_avg_sq", "momentum"):
+                if f"{player.name}_optimizer.{name}.{key}" in names:
+                    zeros = (
+                        torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p)
+                    )
+                    player.optimizer.state[p][key] = zeros
     with torch.no_grad():
         for name, target in run_tensors(players, ema, stage).items():
             if name not in names:
@@ -1373,8 +1454,7 @@ def train(name, typed, resume):
     parallel(players, s)
     for player in players:
         player.parameters = [p for p in player.network.parameters() if p.requires_grad]
-        how = {"betas": player.betas, "weight_decay": s.weight_decay, "fused": True}
-        player.optimizer = torch.optim.AdamW(player.parameters, s.lr, **how)
+        player.optimizer = make_optimizer(player, s)
     ema = EMA(stage.model, s.ema)
     if resume:
         load_tensors(players, ema, stage, progress.pop("names"), tensors)

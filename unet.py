@@ -137,8 +137,19 @@ class CrossAttention(nn.Module):
             project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or n, d)
             for project, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
         )
-        h = F.scaled_dot_product_attention(q, k, v)  # never stores the matrix of weights
-        return self.to_out(h.transpose(1, 2).flatten(2))  # (B, N, C)
+        return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, C)
+
+
+def attend(q, k, v):
+    """4.4.4:  softmax(Q K^T / sqrt(d)) V; never stores the matrix of weights. (B, heads, N, d).
+
+    On a CPU the backward pass of bf16 takes up to five times as long as that of float32.
+    """
+    if q.device.type == "cpu" and q.requires_grad:
+        q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class GEGLU(nn.Module):

@@ -487,10 +487,13 @@ class VQGAN(nn.Module):
         """Latent (B, z_channels, h, w) -> image (B, 3, f h, f w). A code-book quantises z (E54)."""
         return self.decoder(self.post_quant_conv(self.bottleneck.project(z)))
 
-    def forward(self, x, noise=None):
-        """Returns x_r (B, 3, H, W), the latent loss, and the codes, (B, H/f, W/f) or None."""
+    def forward(self, x, noise=None, change=lambda z: z):
+        """Returns x_r (B, 3, H, W), the latent loss, and the codes, (B, H/f, W/f) or None.
+
+        change: what happens to z before it is decoded, see `train.equivariance`.
+        """
         z, loss, codes = self.bottleneck(self._encode(x), noise)
-        return self.decoder(self.post_quant_conv(z)).to(x.dtype), loss, codes
+        return self.decoder(self.post_quant_conv(change(z))).to(x.dtype), loss, codes
 
     def _encode(self, x):
         z_e = self.quant_conv(self.encoder(x))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -276,6 +277,24 @@ def test_update_is_a_function_of_seed_and_number(folder, first_stage):
     assert a.validate() == b.validate()
 
 
+def test_a_colour_as_label_finds_the_painting_model(
+    run, refused, undisturbed, tmp_path, monkeypatch
+):
+    """`--label blue` is drawn by runs/ldm or, without it, by the model that comes along."""
+    monkeypatch.chdir(tmp_path)
+    few = ("--n", 1, "--steps", 2)
+    monkeypatch.setattr("ldm.ASSETS", tmp_path / "assets")
+    assert "assets/paintings.pt: no such file" in refused("sample", "--label", "blue")
+    (tmp_path / "assets").mkdir()
+    shutil.copy(undisturbed / "model.pt", "assets/paintings.pt")
+    assert run("sample", "--label", "Blue", *few) == (0, "blue.png\n", "")
+    assert "assets/letters.pt: no such file" in refused("sample", "--label", "B")
+    assert run("sample", "--run", "paintings", "--label", "3", *few)[0] == 0
+    Path("runs/ldm").mkdir(parents=True)
+    Path("runs/ldm/model.pt").write_bytes(b"half")
+    assert "runs/ldm/model.pt: not a checkpoint" in refused("sample", "--label", "blue")
+
+
 def test_average_leaves_the_first_stage_out():
     model = tiny()
     names = {name for name, _ in model.named_parameters() if not name.startswith("first_stage.")}
@@ -340,7 +359,7 @@ def test_interrupted_and_resumed_equals_undisturbed_bit_for_bit(
     (one, tensors), (two, others) = newest_checkpoint(undisturbed), newest_checkpoint(out)
     assert one["settings"]["latent_scale"] == two["settings"]["latent_scale"]
     assert equal_tensors(tensors, others)
-    assert {"train", "train_adamw", "ema"} <= {name.split(".")[0] for name in tensors}
+    assert {"train", "train_optimizer", "ema"} <= {name.split(".")[0] for name in tensors}
 
 
 def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(
