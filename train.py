@@ -246,7 +246,9 @@ class FirstStage(Settings):
         if self.quantise_from is None:
             self.quantise_from = min(self.updates // 6, 1000)
         super().complete()
-        factor = 2 ** (len(self.multipliers) - 1)
+        if self.equivariant and self.bottleneck == "vq":
+            raise UserError("--equivariant: not with a code-book, the mean of codes is no code")
+        factor = 2 ** (len(self.multipliers) - 1 + self.equivariant)
         if self.crop > self.size or self.crop % factor:
             raise UserError(f"--crop {self.crop}: expected a multiple of {factor}, at most --size")
         if self.adversarial and self.crop >> self.disc_layers < 3:

@@ -283,6 +283,60 @@ def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path, monkeypatch):
     assert row["validation_loss"] != row["validation_loss_ema"]
 
 
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (8, 8)])
+def test_orthogonal_keeps_the_directions_and_makes_them_equally_long(shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, before, v = torch.linalg.svd(m, full_matrices=False)
+    inside = u.T @ train.orthogonal(m) @ v.T  # diagonal: the same singular vectors
+    after = inside.diagonal()
+    assert before.max() / before.min() > 3 and after.min() > 0.6 and after.max() < 1.3
+    assert (inside - after.diag()).abs().max() < 0.05  # bf16
+    assert train.orthogonal(m.double()).dtype == torch.float64
+
+
+def test_muon_moves_matrices_by_their_orthogonal_momentum_and_the_rest_by_adamw():
+    s = stage(optimizer="muon", lr=0.01, weight_decay=0.5)
+    (player,) = s.players()
+    player.parameters = list(s.model.parameters())
+    optimizer = train.make_optimizer(player, s.settings)
+    named = dict(s.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in named.items()}
+    others = [p for name, p in named.items() if p.ndim < 2 or "label_emb" in name]
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in others]
+    name = "input_blocks.1.0.in_layers.2.weight"
+    name = next(n for n in named if n.endswith(name))
+    for p in named.values():
+        p.grad = torch.ones_like(p)
+    draw = torch.Generator().manual_seed(0)
+    gradients = torch.randn((2, *named[name].shape), generator=draw)
+    for gradient in gradients:
+        named[name].grad = gradient.clone()
+        optimizer.step()
+    momentum, w = torch.zeros_like(gradients[0]), before[name]
+    for gradient in gradients:
+        momentum = 0.95 * momentum + gradient
+        step = train.orthogonal((gradient + 0.95 * momentum).flatten(1)).view_as(w)
+        w = w * (1 - 0.01 * 0.5) - 0.01 * max(w.flatten(1).shape) ** 0.5 * step
+    torch.testing.assert_close(named[name].detach(), w)
+    bias = next(n for n in named if n.endswith("input_blocks.1.0.in_layers.2.bias"))
+    by_adamw = before[bias] * (1 - 0.005) - 0.01  # the first step of AdamW has length lr
+    by_adamw = by_adamw * (1 - 0.005) - 0.01
+    torch.testing.assert_close(named[bias].detach(), by_adamw, rtol=1e-4, atol=1e-6)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in named.values())
+
+
+def test_a_run_with_muon_resumes_bit_for_bit(run, tmp_path):
+    how = (*SMALL, "--optimizer", "muon", "--save-every", 2, "--constant-lr")
+    for name, updates in (("whole", 4), ("parts", 2)):
+        assert run("train", *how, "--updates", updates, "--out", tmp_path / name)[0] == 0
+    more = ("--stage", "letters", "--resume", "--updates", 4, "--out", tmp_path / "parts")
+    assert run("train", *more)[0] == 0
+    one, two = (newest_checkpoint(tmp_path / name)[1] for name in ("whole", "parts"))
+    assert one.keys() == two.keys() and any(name.endswith(".momentum") for name in one)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_a_tiny_run_learns_and_samples(run, tmp_path):
     out = tmp_path / "run"
     how = ("--multipliers", 1, 2, "--T", 15, "--overfit", 8, "--updates", 80, "--lr", 3e-3)

@@ -540,6 +540,27 @@ def test_crops_are_squares_of_the_images(folder):
         assert (squares == x[:, None, None]).all((0, 3, 4)).any()
 
 
+def test_an_equivariant_first_stage_decodes_changed_latents_to_changed_images(folder, refused):
+    """In every second update. A linear first stage, the mean of 4 x 4 pixels, is equivariant."""
+    s = stage(folder, bottleneck="kl", equivariant=True, adversarial=0.0)
+    sides, turned = set(), 0
+
+    def forward(x, xi, change):
+        forward.seen = x, change
+        return change(x), torch.zeros(()), None
+
+    s.model.forward = forward
+    for n in range(60):
+        assert s.loss(n).item() == 0  # the target is changed as the latent is
+        x, change = forward.seen
+        torch.testing.assert_close(F.avg_pool2d(change(x), 4), change(F.avg_pool2d(x, 4)))
+        sides.add((n % 2, change(x).shape[-1]))
+        turned += change(x).shape == x.shape and not torch.equal(change(x), x)
+    assert sides == {(0, 16), (1, 16), (1, 8)} and 5 < turned < 25
+    how = ("train", "--stage", "vqgan", "--data", folder, "--size", 32, "--equivariant")
+    assert "no code" in refused(*how, "--bottleneck", "vq")
+
+
 def test_codes_are_counted_over_an_epoch_and_unused_ones_move(folder):
     s, kept, epoch = stage(folder, reseed=True), stage(folder, reseed=False), 50
     before = s.model.quantize.embedding.weight.clone()
