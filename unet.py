@@ -145,10 +145,9 @@ def attend(q, k, v):
 
     On a CPU the backward pass of bf16 takes up to five times as long as that of float32.
     """
-    if q.device.type == "cpu" and q.requires_grad:
-        q, k, v = q.float(), k.float(), v.float()
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         with torch.autocast("cpu", enabled=False):
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -374,7 +374,7 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(
     model, classifier = load_model(undisturbed), load_model(out)
     assert classifier.shape == model.shape == (4, 8, 8) and classifier.classes == model.classes
     s = ClassifierStage(Classifier(**classifier.settings))
-    x, y = s.examples(s.train_rows[:4], torch.tensor([True, False, True, False]))
+    x, y = s.examples(s.train_rows[:4], torch.tensor([1, 0, 1, 0]))
     image, label = s.data.batch(s.train_rows[:4])
     torch.testing.assert_close(x[1::2], model.encode(image[1::2]), rtol=1e-3, atol=1e-4)
     mirrored = model.encode(image[::2].flip(-1))
