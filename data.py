@@ -580,6 +580,13 @@ def view(x, k):
     return (x.flip(-1) if k % 2 else x).rot90(k // 2, (-2, -1))
 
 
+def viewed(x, views):
+    """Every image of x (B, C, n, n) in its view; views: (B,), numbers of `view`."""
+    if not views.any():
+        return x
+    return torch.stack([view(image, k) for image, k in zip(x, views.tolist())])
+
+
 def to_uint8(x):
     """Inverse of `to_tensor`: (B, 3, H, W) in [-1, 1], clamped -> (B, H, W, 3) uint8 array."""
     x = ((x.float() + 1) * 127.5).round().clamp(0, 255).byte()

@@ -531,17 +531,17 @@ class DiffusionStage(Stage):
     def examples(self, rows, views=None):
         """x_0 and labels of the rows. views: (B,), the numbers of `data.view`; None = 0."""
         device = self.settings.device
-        views = np.zeros(len(rows), int) if views is None else views.numpy()
+        views = torch.zeros(len(rows), dtype=torch.long) if views is None else views
         if self.latents is None:
             x, y = self.data.batch(rows, device)
         else:
             encoded = self.latents.shape[1] > 1
-            x = self.latents[rows, views if encoded else 0]
+            x = self.latents[rows, views.numpy() if encoded else 0]
             x, y = torch.from_numpy(x), torch.from_numpy(self.data.labels[rows])
             x, y = (a.to(device, non_blocking=True) for a in (self.latent_scale * x, y))
             if encoded:
                 return x, y
-        return torch.stack([data.view(image, k) for image, k in zip(x, views)]), y
+        return data.viewed(x, views), y
 
     def told(self, y, u):
         """The labels that the network gets: some become the zero-label (4.4.3)."""
@@ -828,8 +828,7 @@ class AutoencoderStage(Stage):
         ]
         x = data.to_tensor(np.stack(squares))
         views = (torch.rand(len(rows), generator=draw) * s.views).long()[part]
-        x = torch.stack([data.view(square, k) for square, k in zip(x, views.tolist())])
-        return x.to(s.device, non_blocking=True)
+        return data.viewed(x, views).to(s.device, non_blocking=True)
 
     def loss(self, n, part=WHOLE):
         """eq. 3.5, the auto-encoder:  |x - x_r| + perceptual + latent + lambda * adversarial."""
@@ -1013,7 +1012,9 @@ class Muon(torch.optim.AdamW):
         super().step()
         lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         for p in self.matrices:
-            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if p not in self.state:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            momentum = self.state[p]["momentum"]
             momentum.mul_(0.95).add_(p.grad)
             direction = orthogonal((p.grad + 0.95 * momentum).flatten(1))
             rate = lr * max(direction.shape) ** 0.5

@@ -490,7 +490,7 @@ class VQGAN(nn.Module):
     def forward(self, x, noise=None, change=lambda z: z):
         """Returns x_r (B, 3, H, W), the latent loss, and the codes, (B, H/f, W/f) or None.
 
-        change: what happens to z before it is decoded, see `train.equivariance`.
+        change: what happens to z before it is decoded, see `train.equivariant_change`.
         """
         z, loss, codes = self.bottleneck(self._encode(x), noise)
         return self.decoder(self.post_quant_conv(change(z))).to(x.dtype), loss, codes
