@@ -25,6 +25,7 @@ import shlex
 import signal
 import sys
 import time
+import timeit
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -276,6 +277,7 @@ class Latent(Diffusion):
     attention_levels: tuple | None = setting(None, "(default: all)", kind=int, nargs="+")
     groups: int = setting(32, "groups of every GroupNorm", above=0)
     context_channels: int = setting(512, "width of the label embedding", above=0)
+    patch: int = setting(1, "2 = the U-Net sees 2 x 2 latents as one position", above=0)
     latent_scale: float | None = setting(
         None, "factor (default: 1 for a published first stage, else 1/std)", kind=float, above=0
     )
@@ -295,6 +297,7 @@ class Latent(Diffusion):
         names = "channels multipliers blocks attention_levels groups context_channels predict "
         names += "schedule T latent_scale"
         found = {name: model.settings[name] for name in names.split()}
+        found["patch"] = model.unet.patch
         return found | {"guide_above": model.guide_above, "first_stage": None}
 
     def complete(self):
@@ -416,19 +419,25 @@ def settle(settings):
         raise UserError("--strategy fsdp: only for --stage ldm; the other networks are small")
     if s.precision == "auto":
         s.precision = "bf16" if computes_bf16(s.device) else "float32"
-        print(f"--precision {s.precision}: chosen by what this {s.device} can compute")
+        print(f"--precision {s.precision}: the faster one on this {s.device}")
     data.tune(s.device, keep_memory=not (dist.is_initialized() and s.strategy == "fsdp"))
     s.complete()
     return s
 
 
 def computes_bf16(device):
-    """Whether the hardware itself computes bfloat16; only then is it faster than float32."""
+    """Whether bfloat16 is faster than float32. A GPU is asked; a CPU is timed, because some that
+    have instructions for bfloat16 need twice as long with them."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and any(
-        v for k, v in torch.cpu.get_capabilities().items() if "bf16" in k
-    )
+    kinds = (torch.bfloat16, torch.float32)
+    return device == "cpu" and bool(mean_across(np.divide(*map(product_seconds, kinds))) < 0.9)
+
+
+def product_seconds(kind, n=384):
+    """The shortest of some times of a product of two n x n matrices of this type."""
+    a = torch.ones(n, n, dtype=kind)
+    return min(timeit.repeat(lambda: a @ a, number=3, repeat=5))
 
 
 def mixed_precision(settings):
@@ -637,8 +646,8 @@ class LatentStage(DiffusionStage):
                 s.first_stage_settings = first_stage.settings
             s.size = s.size or s.first_stage_settings["size"]
         levels = len(s.first_stage_settings["multipliers"]) + len(s.multipliers)
-        if s.size % 2 ** (levels - 2):
-            raise UserError(f"--size {s.size}: expected a multiple of {2 ** (levels - 2)}")
+        if s.size % (multiple := s.patch * 2 ** (levels - 2)):
+            raise UserError(f"--size {s.size}: expected a multiple of {multiple}")
         super().__init__(s, s.size, "rgb")
         values = asdict(s) | {"latent_scale": s.latent_scale or 1.0}
         self.model = ldm.build_latent(values, self.classes).to(s.device)

@@ -198,13 +198,11 @@ def test_the_log_has_means_over_the_updates_that_had_the_number(tmp_path):
     assert not {"loss", "codes_used"} & log.row(settings, 8, 1.0).keys()
 
 
-def test_bf16_is_asked_of_the_hardware(monkeypatch):
-    for name, there in (("avx512_bf16", True), ("amx_bf16", True), ("avx512_f", False)):
-        capabilities = {"avx2": True, "avx512_bf16": False, "amx_bf16": False, name: True}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert train.computes_bf16("cpu") == there
-        s = settle(Letters(device="cpu"))
-        assert s.precision == ("bf16" if there else "float32")
+@pytest.mark.parametrize("bf16, precision", [(0.5, "bf16"), (1.0, "float32"), (2.0, "float32")])
+def test_a_cpu_trains_in_bf16_where_that_is_faster(monkeypatch, bf16, precision):
+    seconds = {torch.bfloat16: bf16, torch.float32: 1.0}
+    monkeypatch.setattr(train, "product_seconds", seconds.get)
+    assert settle(Letters(device="cpu")).precision == precision
 
 
 # --------------------------------------------------------------------------------------- whole runs
