@@ -115,6 +115,17 @@ class Diffusion:
         value = table.to(x.dtype).to(x.device)[t]  # in this order: some devices lack float64
         return value.view(-1, *[1] * (x.dim() - 1))
 
+    def times_around(self, log_snr, deviation=2.0, uniform=0.1):
+        """Probabilities of t = 1..T in training, (T,): not in the thesis, whose t is uniform.
+
+        log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)) is about N(log_snr, deviation^2): the noise
+        at which the composition of a picture is decided gets more of the updates. A share `uniform`
+        of them goes to all t alike.
+        """
+        snr = torch.log(self.alpha_bar[1:] / self.beta_bar[1:])
+        density = torch.exp(-0.5 * ((snr - log_snr) / deviation) ** 2) * -torch.gradient(snr)[0]
+        return (1 - uniform) * density / density.sum() + uniform / self.T
+
     # 3.5.1, 3.5.2  Forward: from data to noise
 
     def q_step(self, x_prev, t, noise):

@@ -134,6 +134,9 @@ class Diffusion(Settings):
     predict: str = setting("eps", "eps (L_simple) or v (learns faster)", choices=("eps", "v"))
     schedule: str = setting("linear", "noise schedule", choices=tuple(SCHEDULES))
     T: int = setting(1000, "diffusion steps", above=0)
+    log_snr: float | None = setting(
+        None, "draw t with log SNR around this number (default: uniform)", kind=float
+    )
     p_uncond: float = setting(0.2, "share of labels that are dropped (4.4.3)", least=0, most=1)
 
 
@@ -163,6 +166,7 @@ class Classifier(Settings):
     T: int | None = None
     shape: tuple | None = None
     space: str | None = None
+    log_snr: float | None = None  # uniform t: it guides at every noise
 
     def given(self):
         guided = load(self.run)
@@ -186,7 +190,9 @@ class FirstStage(Settings):
     out: str = "runs/vqgan"
     init: str | None = setting(None, "run or published weights to start from", kind=str, path=True)
     size: int = setting(256, "pixels per side that images are brought to", above=0)
-    crop: int | None = setting(None, "train on squares (default: whole images)", kind=int, above=0)
+    crop: int | None = setting(
+        None, "train on squares (default: whole images; small model 64)", kind=int, above=0
+    )
     updates: int = 100_000
     batch: int = 8
     accumulate: int = field(default=1, metadata={"flag": None})  # lambda needs the whole batch
@@ -206,7 +212,9 @@ class FirstStage(Settings):
     released: bool = setting(False, "beta on the code-book loss, as in the published code (E14)")
     quantise_from: int | None = setting(None, "(default: updates / 6, at most 1000)", kind=int)
     reseed: bool | None = setting(None, "move unused codes (default: unless --init)")
-    equivariant: bool = setting(False, "see `equivariant_change`; not for vq")
+    equivariant: bool | None = setting(
+        None, "see `equivariant_change`; not for vq (default: if the model is small)"
+    )
     kl_weight: float = setting(1e-4, "weight of the KL term of a VAE (eq. 3.1)", least=0)
     perceptual: float | None = setting(None, "its weight (default: 1 if it is there)", kind=float)
     perceptual_files: str | None = setting(None, "folder of its weights", kind=str, path=True)
@@ -240,14 +248,16 @@ class FirstStage(Settings):
         return found
 
     def complete(self):
-        self.crop = self.crop or self.size
+        small, vq = self.model == "small", self.bottleneck == "vq"
+        self.crop = self.crop or (min(self.size, 64) if small else self.size)
+        self.equivariant = small and not vq if self.equivariant is None else self.equivariant
         self.reseed = not self.init if self.reseed is None else self.reseed
         if self.disc_start is None:
             self.disc_start = min(self.updates // 2, 10_000)
         if self.quantise_from is None:
             self.quantise_from = min(self.updates // 6, 1000)
         super().complete()
-        if self.equivariant and self.bottleneck == "vq":
+        if self.equivariant and vq:
             raise UserError("--equivariant: not with a code-book, the mean of codes is no code")
         factor = 2 ** (len(self.multipliers) - 1 + self.equivariant)
         if self.crop > self.size or self.crop % factor:
@@ -274,7 +284,9 @@ class Latent(Diffusion):
     multipliers: tuple = (1, 2, 4)
     blocks: int = 2
     schedule: str = "sqrt_linear"
-    attention_levels: tuple | None = setting(None, "(default: all)", kind=int, nargs="+")
+    attention_levels: tuple | None = setting(
+        None, "(default: all; small model the last)", kind=int, nargs="+"
+    )
     groups: int = setting(32, "groups of every GroupNorm", above=0)
     context_channels: int = setting(512, "width of the label embedding", above=0)
     patch: int = setting(1, "2 = the U-Net sees 2 x 2 latents as one position", above=0)
@@ -301,6 +313,8 @@ class Latent(Diffusion):
         return found | {"guide_above": model.guide_above, "first_stage": None}
 
     def complete(self):
+        if self.model == "small" and not self.init and self.attention_levels is None:
+            self.attention_levels = (len(self.multipliers) - 1,)
         super().complete()
         if self.schedule == "cosine" and self.predict == "eps":
             raise UserError(
@@ -319,10 +333,12 @@ SMALL = {
                   predict="v"),
     Classifier: dict(updates=1000, batch=64, lr=1e-3, channels=32, multipliers=(1, 2, 3, 4),
                      ema=0.998),
-    FirstStage: dict(updates=7000, lr=1e-3, channels=16, multipliers=(1, 2, 4), ema=0.995, size=64,
-                     codes=512, blocks=1, attention_levels=(), groups=1, disc_channels=32),
-    Latent: dict(updates=6000, batch=32, lr=1e-3, channels=32, ema=0.998, predict="v", blocks=1,
-                 groups=2, guide_above=8.0),
+    FirstStage: dict(updates=4000, lr=3e-4, optimizer="muon", views=8, channels=16, ema=0.995,
+                     multipliers=(1, 2, 4, 4), bottleneck="kl", kl_weight=1e-3, codes=512, blocks=1,
+                     attention_levels=(), groups=1, adversarial=0.0, disc_channels=32),
+    Latent: dict(updates=3000, lr=6e-4, optimizer="muon", views=8, strategy="ddp", channels=64,
+                 multipliers=(1, 2, 2), patch=2, context_channels=128, ema=0.998, predict="v",
+                 schedule="linear", blocks=1, groups=4),
 }
 # fmt: on
 
@@ -560,7 +576,11 @@ class DiffusionStage(Stage):
         """The loss of update n (3.5.4), a function of (seed, n) and the weights."""
         s = self.settings
         draw = rng(s.seed, n, 2)
-        t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
+        if s.log_snr is None:
+            t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
+        else:
+            p = self.model.diffusion.times_around(s.log_snr)
+            t = 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
         noise = torch.randn((s.batch, *self.model.shape), generator=draw)
         u, turn = torch.rand((2, s.batch), generator=draw)
         t, noise, u = (a[part].to(s.device, non_blocking=True) for a in (t, noise, u))
@@ -1020,12 +1040,16 @@ class Muon(torch.optim.AdamW):
     def step(self):
         super().step()
         lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
-        for p in self.matrices:
+        directions = []
+        for k, p in enumerate(self.matrices):
             if p not in self.state:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             momentum = self.state[p]["momentum"]
             momentum.mul_(0.95).add_(p.grad)
-            direction = orthogonal((p.grad + 0.95 * momentum).flatten(1))
+            m = (p.grad + 0.95 * momentum).flatten(1)
+            mine = k % world() == rank()  # each process computes some, the sum has all
+            directions.append(orthogonal(m) if mine else torch.zeros_like(m))
+        for p, direction in zip(self.matrices, map(across, directions)):
             rate = lr * max(direction.shape) ** 0.5
             p.mul_(1 - lr * decay).sub_(rate * direction.view_as(p))
 
@@ -1041,12 +1065,12 @@ def orthogonal(m):
     X <- a X + b X X^T X + c (X X^T)^2 X  leaves U and V and drives the singular values to about 1:
     these coefficients are the fastest, and end between 0.7 and 1.2. m: (rows, columns).
     """
-    x = (m.T if m.shape[0] > m.shape[1] else m).bfloat16()
+    x = m.T if m.shape[0] > m.shape[1] else m
     x = x / (x.norm() + 1e-7)
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
-    return (x.T if m.shape[0] > m.shape[1] else x).to(m.dtype)
+    return x.T if m.shape[0] > m.shape[1] else x
 
 
 def make_optimizer(player, settings):

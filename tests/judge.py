@@ -1,11 +1,12 @@
 """A judge of composition: which of the painter's eight compositions does a picture have?
 
-    python tests/judge.py train               over ten minutes -> assets/composition_judge.pt
+    python tests/judge.py train               twenty minutes -> assets/composition_judge.pt
     python tests/judge.py SET [NAME=SET ...]  judge sets against the pictures of the painter
 
-The judge sees thumbnails of 64 x 64 pixels. Its training permutes, inverts and scales the channels,
-so it is blind to colour. For every set, the table says how surely a composition is named, which
-ones appear, and how far its features are from those of pictures that the judge never saw.
+The judge sees thumbnails of 64 x 64 pixels. Its training turns and shifts them, and permutes,
+inverts and scales their channels, so it is blind to colour. For every set, the table says how
+surely a composition is named, which ones appear, and how far its features are from those of
+pictures that the judge never saw.
 """
 
 import sys
@@ -37,15 +38,18 @@ def judge():
     """(B, 3, 64, 64) in [-1, 1] -> logits (B, 8)."""
 
     def stage(c_in, c_out):
-        conv = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
-        return conv, nn.BatchNorm2d(c_out), nn.ReLU()
+        half = nn.Conv2d(c_in, c_out, 3, stride=2, padding=1, bias=False)
+        same = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        return [
+            layer for conv in (half, same) for layer in (conv, nn.BatchNorm2d(c_out), nn.ReLU())
+        ]
 
     widths, head = (3, 32, 64, 128, 128), (nn.Linear(128 * 16, 64), nn.ReLU(), nn.Linear(64, 8))
     stages = (layer for pair in zip(widths, widths[1:]) for layer in stage(*pair))
     return nn.Sequential(*stages, nn.Flatten(), nn.Dropout(0.2), *head)
 
 
-def painted(seeds, size=128):
+def painted(seeds, size=256):
     """Thumbnails (N, 64, 64, 3) uint8 of painted pictures, label k for seed k, and compositions."""
 
     def one(seed):
@@ -55,7 +59,7 @@ def painted(seeds, size=128):
     return np.stack(list(pictures)), np.array([composition(seed, seed % 8) for seed in seeds])
 
 
-def train_judge(path, count=6000, epochs=20, batch=100):
+def train_judge(path, count=7000, epochs=24, batch=100):
     """Train on `count` pictures. Returns the accuracy on others."""
     x, y = painted(range(10**6, 10**6 + count))
     x, y = data.to_tensor(x), torch.from_numpy(y)
@@ -68,6 +72,8 @@ def train_judge(path, count=6000, epochs=20, batch=100):
         part = x[rows]
         part = part.rot90(int(torch.randint(4, ())), (2, 3))
         part = part.flip(3) if torch.rand(()) < 0.5 else part
+        left, top = torch.randint(13, (2,)).tolist()
+        part = F.pad(part, (6, 6, 6, 6), mode="reflect")[:, :, top : top + 64, left : left + 64]
         channels = torch.rand(batch, 3).argsort(1)[:, :, None, None].expand(-1, -1, 64, 64)
         sign = torch.where(torch.rand(batch, 1, 1, 1) < 0.5, -1.0, 1.0)
         scale = torch.rand(batch, 3, 1, 1) * 0.6 + 0.6
@@ -80,7 +86,7 @@ def train_judge(path, count=6000, epochs=20, batch=100):
     network.eval()
     with data.whole_file(path) as temporary:
         torch.save(network.half().state_dict(), temporary)
-    x, y = painted(range(2 * 10**6, 2 * 10**6 + 400))
+    x, y = painted(range(2 * 10**6, 2 * 10**6 + 1000))
     with torch.no_grad():
         return (network.float()(data.to_tensor(x)).argmax(1).numpy() == y).mean()
 
@@ -104,7 +110,7 @@ def thumbnails(name, count=512):
 
 def table(sets):
     """One row per set, compared with unseen pictures; two halves of those come first."""
-    real, _ = painted(range(3 * 10**6, 3 * 10**6 + 1024), 256)
+    real, _ = painted(range(3 * 10**6, 3 * 10**6 + 1024))
     _, reference = judged(real[:512])
     sets = {"real": real[512:]} | sets
     print(f"{'':16} sure  frechet  kernel          precision recall  " + " ".join(NAMES))

@@ -253,6 +253,19 @@ def test_cosine_schedule_is_the_cosine_until_beta_is_capped():
 # ------------------------------------------------------------------------------------ 3.5.1, 3.5.2
 
 
+def test_times_around_a_noise_level_are_a_bell_in_log_snr():
+    """On a schedule whose log SNR falls linearly from 12 to -12, in closed form."""
+    snr = torch.linspace(12, -12, 2001, dtype=torch.float64)
+    a = torch.sigmoid(snr)
+    d = Diffusion(1 - a / torch.cat([tensor(1), a[:-1]]))
+    p = d.times_around(-2.5, deviation=2.0, uniform=0.0)
+    bell = torch.exp(-((snr + 2.5) ** 2) / 8) / (8 * math.pi) ** 0.5
+    assert_close(p, bell * 24 / 2000, atol=1e-8, rtol=1e-3)
+    mixed = d.times_around(-2.5, deviation=2.0, uniform=0.25)
+    assert_close(mixed, 0.75 * p + 0.25 / 2001)
+    assert_close(D.times_around(0.0).sum(), tensor(1.0).squeeze())
+
+
 def test_eq_3_6_the_transition_is_gaussian_and_the_data_are_not():
     """x_0 is -1 or 1; x_t becomes Gaussian, with kurtosis 3, on the way; a step is (E19)."""
 

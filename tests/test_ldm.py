@@ -13,6 +13,7 @@ import torch
 from conftest import equal_tensors, lightning_file, newest_checkpoint
 from PIL import Image
 
+import data
 import ldm
 import train
 from data import COLOURS, UserError, to_tensor, view
@@ -426,11 +427,11 @@ def test_bad_first_stages(refused, folder, undisturbed, tmp_path):
 def test_without_a_first_stage_the_small_one_is_trained_first(run, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train.SMALL[FirstStage], "updates", 2)
-    how = ("--data", folder, "--size", 16, "--updates", 1, "--model", "small")
+    how = ("--data", folder, "--size", 32, "--updates", 1, "--model", "small")
     code, out, err = run("train", *ARGUMENTS, *how)
     assert code == 0, err
     assert "no finished one in runs/vqgan: training the small one first" in out
-    assert load_model("runs/ldm").settings["first_stage_settings"]["size"] == 16
+    assert load_model("runs/ldm").settings["first_stage_settings"]["size"] == 32
 
     calls = []
     monkeypatch.setattr(train, "train", lambda name, typed, resume: calls.append((typed, resume)))
@@ -438,6 +439,28 @@ def test_without_a_first_stage_the_small_one_is_trained_first(run, folder, tmp_p
     save_model("runs/vqgan/model.pt", "vqgan", FIRST | {"updates": 9}, [], 2, {})
     train.first_stage_for({})
     assert calls == [({}, True)]  # an unfinished one is continued
+
+
+def test_a_shipped_model_has_averaged_weights_in_half_precision_and_no_folders(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(data.ASSETS))
+    import ship
+
+    raw, ema = tiny(), tiny(predict="v")
+    for p in ema.parameters():
+        p.data = p.data.half().float()
+    settings = TINY | {"data": str(tmp_path / "mine"), "predict": "v"}
+    settings["first_stage_settings"] = FIRST | {"data": str(tmp_path / "mine")}
+    weights = {"raw": raw.state_dict(), "ema": ema.state_dict()}
+    save_model(tmp_path / "model.pt", "ldm", settings, COLOUR_NAMES, 9, weights)
+    ship.ship(tmp_path, tmp_path / "small.pt")
+    content = ldm.read_checkpoint(tmp_path / "small.pt")
+    assert all(w.dtype == torch.float16 for w in content["weights"]["ema"].values())
+    assert str(tmp_path) not in str(content["settings"])
+    model = load_model(tmp_path / "small.pt")
+    for name, value in ema.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value.half().float())
 
 
 # ------------------------------------------------------------------------------- published files
