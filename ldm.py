@@ -230,8 +230,7 @@ def build_latent(settings, classes):
     first_stage = build_first_stage(settings["first_stage_settings"])
     z_channels, side = first_stage.z_channels, settings["size"] // first_stage.factor
     names = ("channels", "multipliers", "blocks", "context_channels", "attention_levels", "groups")
-    sizes = {name: settings[name] for name in names} | {"patch": settings.get("patch", 1)}
-    unet = latent_unet(z_channels=z_channels, **sizes)
+    unet = latent_unet(z_channels=z_channels, **{name: settings[name] for name in names})
     context = nn.Embedding(len(classes) + 1, settings["context_channels"])
     beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (z_channels, side, side)
     options = settings["predict"], settings["latent_scale"]

@@ -289,7 +289,6 @@ class Latent(Diffusion):
     )
     groups: int = setting(32, "groups of every GroupNorm", above=0)
     context_channels: int = setting(512, "width of the label embedding", above=0)
-    patch: int = setting(1, "2 = the U-Net sees 2 x 2 latents as one position", above=0)
     latent_scale: float | None = setting(
         None, "factor (default: 1 for a published first stage, else 1/std)", kind=float, above=0
     )
@@ -309,7 +308,6 @@ class Latent(Diffusion):
         names = "channels multipliers blocks attention_levels groups context_channels predict "
         names += "schedule T latent_scale"
         found = {name: model.settings[name] for name in names.split()}
-        found["patch"] = model.unet.patch
         return found | {"guide_above": model.guide_above, "first_stage": None}
 
     def complete(self):
@@ -336,9 +334,9 @@ SMALL = {
     FirstStage: dict(updates=4000, lr=3e-4, optimizer="muon", views=8, channels=16, ema=0.995,
                      multipliers=(1, 2, 4, 4), bottleneck="kl", kl_weight=1e-3, codes=512, blocks=1,
                      attention_levels=(), groups=1, adversarial=0.0, disc_channels=32),
-    Latent: dict(updates=3000, lr=6e-4, optimizer="muon", views=8, strategy="ddp", channels=64,
-                 multipliers=(1, 2, 2), patch=2, context_channels=128, ema=0.998, predict="v",
-                 schedule="linear", blocks=1, groups=4),
+    Latent: dict(updates=4500, batch=32, lr=1.2e-3, optimizer="muon", log_snr=-2.5, views=8,
+                 strategy="ddp", channels=32, multipliers=(1, 2, 3, 3), context_channels=128,
+                 ema=0.998, predict="v", schedule="linear", blocks=1, groups=2),
 }
 # fmt: on
 
@@ -666,8 +664,8 @@ class LatentStage(DiffusionStage):
                 s.first_stage_settings = first_stage.settings
             s.size = s.size or s.first_stage_settings["size"]
         levels = len(s.first_stage_settings["multipliers"]) + len(s.multipliers)
-        if s.size % (multiple := s.patch * 2 ** (levels - 2)):
-            raise UserError(f"--size {s.size}: expected a multiple of {multiple}")
+        if s.size % 2 ** (levels - 2):
+            raise UserError(f"--size {s.size}: expected a multiple of {2 ** (levels - 2)}")
         super().__init__(s, s.size, "rgb")
         values = asdict(s) | {"latent_scale": s.latent_scale or 1.0}
         self.model = ldm.build_latent(values, self.classes).to(s.device)

@@ -332,26 +332,14 @@ class Encoder(nn.Module):
 class UNet(Encoder):
     """3.5.5, 4.5.1: eps_theta(x_t, t, y or context). The settings are those of `Encoder`.
 
-    patch: squares of so many positions become one position with all their channels (1 = none).
-    `forward`: x (B, C, H, W), H and W divisible by patch 2^(levels - 1); t (B,) integers that start
-    at 0, as in the published checkpoints; y (B,) labels; context (B, n, d) tokens.
-    Returns (B, C, H, W).
+    `forward`: x (B, C, H, W), H and W divisible by 2^(levels - 1); t (B,) integers that start at 0,
+    as in the published checkpoints; y (B,) labels; context (B, n, d) tokens. Returns (B, C, H, W).
     """
 
     def __init__(
-        self,
-        in_channels,
-        channels,
-        multipliers,
-        blocks,
-        attentions,
-        num_labels=None,
-        groups=32,
-        patch=1,
+        self, in_channels, channels, multipliers, blocks, attentions, num_labels=None, groups=32
     ):
-        in_channels *= patch**2
         super().__init__(in_channels, channels, multipliers, blocks, attentions, num_labels, groups)
-        self.patch = patch
         c, skips = channels * multipliers[-1], list(self.skip_channels)
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
@@ -365,10 +353,10 @@ class UNet(Encoder):
 
     def forward(self, x, t, y=None, context=None):
         emb = self.embed(x, t, y)
-        h, skips = self.down(F.pixel_unshuffle(x, self.patch), emb, context)
+        h, skips = self.down(x, emb, context)
         for module in self.output_blocks:
             h = module(torch.cat([h, skips.pop()], dim=1), emb, context)
-        return F.pixel_shuffle(self.out(h), self.patch)
+        return self.out(h)
 
 
 class NoisyClassifier(Encoder):
@@ -419,14 +407,7 @@ def noisy_classifier(shape, num_classes, channels, multipliers, blocks):
 
 
 def latent_unet(
-    channels,
-    multipliers,
-    blocks,
-    z_channels,
-    context_channels,
-    attention_levels=None,
-    groups=32,
-    patch=1,
+    channels, multipliers, blocks, z_channels, context_channels, attention_levels=None, groups=32
 ):
     """4.5.1: the U-Net of the latent model, with 32 channels per head.
 
@@ -436,4 +417,4 @@ def latent_unet(
     attention = partial(SpatialTransformer, context_channels=context_channels, groups=groups)
     levels = range(len(multipliers)) if attention_levels is None else attention_levels
     attentions = [attention if i in levels else None for i in range(len(multipliers))]
-    return UNet(z_channels, channels, multipliers, blocks, attentions, groups=groups, patch=patch)
+    return UNet(z_channels, channels, multipliers, blocks, attentions, groups=groups)

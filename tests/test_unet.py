@@ -251,18 +251,6 @@ def test_4_4_2_the_classifier_is_the_way_down_of_the_unet():
     assert (classifier(x[:1].flip(-1), t[:1]) - logits[:1]).abs().max() > 1e-3
 
 
-def test_patches_of_two_make_one_position_of_four():
-    sizes = {"channels": 32, "multipliers": (1,), "blocks": 1, "context_channels": 8, "groups": 2}
-    patched = stir(latent_unet(z_channels=3, patch=2, **sizes))
-    plain = latent_unet(z_channels=12, **sizes)
-    plain.load_state_dict(patched.state_dict())
-    x, context = (randn(*s, dtype=torch.float32) for s in ((2, 3, 6, 4), (2, 1, 8)))
-    t = torch.tensor([3, 700])
-    squares = x.view(2, 3, 3, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(2, 12, 3, 2)
-    out = plain(squares, t, context=context).view(2, 3, 2, 2, 3, 2).permute(0, 1, 4, 2, 5, 3)
-    assert_close(patched(x, t, context=context), out.reshape(x.shape))
-
-
 def test_a_spatial_transformer_starts_as_identity():
     layer, x = SpatialTransformer(32, 6, groups=2), randn(2, 32, 4, 4, dtype=torch.float32)
     assert torch.equal(layer(x, None, randn(2, 3, 6, dtype=torch.float32)), x)
