@@ -190,9 +190,7 @@ class FirstStage(Settings):
     out: str = "runs/vqgan"
     init: str | None = setting(None, "run or published weights to start from", kind=str, path=True)
     size: int = setting(256, "pixels per side that images are brought to", above=0)
-    crop: int | None = setting(
-        None, "train on squares (default: whole images; small model 64)", kind=int, above=0
-    )
+    crop: int | None = setting(None, "train on squares (default: whole images)", kind=int, above=0)
     updates: int = 100_000
     batch: int = 8
     accumulate: int = field(default=1, metadata={"flag": None})  # lambda needs the whole batch
@@ -212,9 +210,7 @@ class FirstStage(Settings):
     released: bool = setting(False, "beta on the code-book loss, as in the published code (E14)")
     quantise_from: int | None = setting(None, "(default: updates / 6, at most 1000)", kind=int)
     reseed: bool | None = setting(None, "move unused codes (default: unless --init)")
-    equivariant: bool | None = setting(
-        None, "see `equivariant_change`; not for vq (default: if the model is small)"
-    )
+    equivariant: bool = setting(False, "see `equivariant_change`; not for vq")
     kl_weight: float = setting(1e-4, "weight of the KL term of a VAE (eq. 3.1)", least=0)
     perceptual: float | None = setting(None, "its weight (default: 1 if it is there)", kind=float)
     perceptual_files: str | None = setting(None, "folder of its weights", kind=str, path=True)
@@ -248,16 +244,14 @@ class FirstStage(Settings):
         return found
 
     def complete(self):
-        small, vq = self.model == "small", self.bottleneck == "vq"
-        self.crop = self.crop or (min(self.size, 64) if small else self.size)
-        self.equivariant = small and not vq if self.equivariant is None else self.equivariant
+        self.crop = self.crop or self.size
         self.reseed = not self.init if self.reseed is None else self.reseed
         if self.disc_start is None:
             self.disc_start = min(self.updates // 2, 10_000)
         if self.quantise_from is None:
             self.quantise_from = min(self.updates // 6, 1000)
         super().complete()
-        if self.equivariant and vq:
+        if self.equivariant and self.bottleneck == "vq":
             raise UserError("--equivariant: not with a code-book, the mean of codes is no code")
         factor = 2 ** (len(self.multipliers) - 1 + self.equivariant)
         if self.crop > self.size or self.crop % factor:
@@ -284,9 +278,7 @@ class Latent(Diffusion):
     multipliers: tuple = (1, 2, 4)
     blocks: int = 2
     schedule: str = "sqrt_linear"
-    attention_levels: tuple | None = setting(
-        None, "(default: all; small model the last)", kind=int, nargs="+"
-    )
+    attention_levels: tuple | None = setting(None, "(default: all)", kind=int, nargs="+")
     groups: int = setting(32, "groups of every GroupNorm", above=0)
     context_channels: int = setting(512, "width of the label embedding", above=0)
     latent_scale: float | None = setting(
@@ -311,8 +303,6 @@ class Latent(Diffusion):
         return found | {"guide_above": model.guide_above, "first_stage": None}
 
     def complete(self):
-        if self.model == "small" and not self.init and self.attention_levels is None:
-            self.attention_levels = (len(self.multipliers) - 1,)
         super().complete()
         if self.schedule == "cosine" and self.predict == "eps":
             raise UserError(
@@ -331,12 +321,10 @@ SMALL = {
                   predict="v"),
     Classifier: dict(updates=1000, batch=64, lr=1e-3, channels=32, multipliers=(1, 2, 3, 4),
                      ema=0.998),
-    FirstStage: dict(updates=4000, lr=3e-4, optimizer="muon", views=8, channels=16, ema=0.995,
-                     multipliers=(1, 2, 4, 4), bottleneck="kl", kl_weight=1e-3, codes=512, blocks=1,
-                     attention_levels=(), groups=1, adversarial=0.0, disc_channels=32),
-    Latent: dict(updates=4500, batch=32, lr=1.2e-3, optimizer="muon", log_snr=-2.5, views=8,
-                 strategy="ddp", channels=32, multipliers=(1, 2, 3, 3), context_channels=128,
-                 ema=0.998, predict="v", schedule="linear", blocks=1, groups=2),
+    FirstStage: dict(updates=7000, lr=1e-3, channels=16, multipliers=(1, 2, 4), ema=0.995, size=64,
+                     codes=512, blocks=1, attention_levels=(), groups=1, disc_channels=32),
+    Latent: dict(updates=6000, batch=32, lr=1e-3, channels=32, ema=0.998, predict="v", blocks=1,
+                 groups=2, guide_above=8.0),
 }
 # fmt: on
 

@@ -427,11 +427,11 @@ def test_bad_first_stages(refused, folder, undisturbed, tmp_path):
 def test_without_a_first_stage_the_small_one_is_trained_first(run, folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(train.SMALL[FirstStage], "updates", 2)
-    how = ("--data", folder, "--size", 32, "--updates", 1, "--model", "small")
+    how = ("--data", folder, "--size", 16, "--updates", 1, "--model", "small")
     code, out, err = run("train", *ARGUMENTS, *how)
     assert code == 0, err
     assert "no finished one in runs/vqgan: training the small one first" in out
-    assert load_model("runs/ldm").settings["first_stage_settings"]["size"] == 32
+    assert load_model("runs/ldm").settings["first_stage_settings"]["size"] == 16
 
     calls = []
     monkeypatch.setattr(train, "train", lambda name, typed, resume: calls.append((typed, resume)))
