@@ -115,7 +115,7 @@ class Diffusion:
         value = table.to(x.dtype).to(x.device)[t]  # in this order: some devices lack float64
         return value.view(-1, *[1] * (x.dim() - 1))
 
-    def times_around(self, log_snr, deviation=2.0, uniform=0.1):
+    def times_around(self, log_snr, deviation=2.0, uniform=0.3):
         """Probabilities of t = 1..T in training, (T,): not in the thesis, whose t is uniform.
 
         log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)) is about N(log_snr, deviation^2): the noise
