@@ -432,8 +432,10 @@ def computes_bf16(device):
     have instructions for bfloat16 need twice as long with them."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    kinds = (torch.bfloat16, torch.float32)
-    return device == "cpu" and bool(mean_across(np.divide(*map(product_seconds, kinds))) < 0.9)
+    if device != "cpu":
+        return False
+    ratio = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+    return bool(mean_across(ratio) < 0.9)
 
 
 def product_seconds(kind, n=384):

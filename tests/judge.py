@@ -1,6 +1,6 @@
 """A judge of composition: which of the painter's eight compositions does a picture have?
 
-    python tests/judge.py train               twenty minutes -> assets/composition_judge.pt
+    python tests/judge.py train               over ten minutes -> assets/composition_judge.pt
     python tests/judge.py SET [NAME=SET ...]  judge sets against the pictures of the painter
 
 The judge sees thumbnails of 64 x 64 pixels. Its training turns and shifts them, and permutes,

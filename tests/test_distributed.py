@@ -109,9 +109,11 @@ PLAN = {  # name: the stage and its flags
         *("--cpu-offload", "--checkpoint-activations"),
     ),
     "letters-ddp": LETTERS,
+    "muon-ddp": (*LETTERS, "--optimizer", "muon"),
     "vqgan-ddp": VQGAN,
 }
 SINGLE = {"single": LDM, "letters": LETTERS, "vqgan": VQGAN}
+SINGLE |= {"muon": PLAN["muon-ddp"]}
 
 
 def run_until(name, arguments, data, out, stop=None, resume=False):
@@ -312,6 +314,12 @@ def test_the_other_stages_in_two_processes(runs):
     np.testing.assert_allclose(
         two, one, rtol=0.1
     )  # the adversary has joined: its norms are of a process's own images
+
+
+def test_processes_that_share_the_products_of_muon_make_the_same_steps(runs):
+    muon = curve(runs / "muon", *CURVES)
+    np.testing.assert_allclose(curve(runs / "muon-ddp", *CURVES), muon, rtol=1e-4)
+    assert (muon[1:] != curve(runs / "letters", *CURVES)[1:]).all()
 
 
 @pytest.mark.parametrize("name", ["ddp-sgd", "fsdp-sgd"])

@@ -454,7 +454,7 @@ def test_a_shipped_model_has_averaged_weights_in_half_precision_and_no_folders(
     settings["first_stage_settings"] = FIRST | {"data": str(tmp_path / "mine")}
     weights = {"raw": raw.state_dict(), "ema": ema.state_dict()}
     save_model(tmp_path / "model.pt", "ldm", settings, COLOUR_NAMES, 9, weights)
-    ship.ship(tmp_path, tmp_path / "small.pt")
+    ship.ship(tmp_path / "model.pt", tmp_path / "small.pt")
     content = ldm.read_checkpoint(tmp_path / "small.pt")
     assert all(w.dtype == torch.float16 for w in content["weights"]["ema"].values())
     assert str(tmp_path) not in str(content["settings"])
