@@ -243,6 +243,28 @@ def test_an_example_is_the_latent_of_a_random_view(folder, first_stage):
     assert (torch.bincount(torch.cat(seen), minlength=8) / 320 - 1 / 8).abs().max() < 0.06
 
 
+def test_until_grow_at_an_example_is_the_mean_of_four_latents_with_t_of_the_same_snr(
+    folder, first_stage
+):
+    """The mean of four has a quarter of the noise: log SNR is log 4 higher."""
+    s = stage(folder, first_stage, grow_at=200, log_snr=-3.0, predict="v", p_uncond=0.0)
+    x, seen = s.examples(s.train_rows)[0], []
+    s.model.loss = lambda x, y, t, noise: seen.append((x, t, noise)) or torch.zeros(len(y))
+    for n in range(400):
+        s.loss(n)
+    before, after = ([torch.cat(a) for a in zip(*part)] for part in (seen[:200], seen[200:]))
+    assert before[2].shape == (1600, 4, 4, 4) and after[0].shape == after[2].shape == (1600, 4, 8, 8)
+    rows = np.concatenate([np.searchsorted(s.train_rows, s.rows(n)) for n in range(400)])
+    torch.testing.assert_close(after[0], x[rows[1600:]])
+    torch.testing.assert_close(
+        before[0], x[rows[:1600]].unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))
+    )
+    for (_, t, noise), centre in ((before, -3 + np.log(4)), (after, -3.0)):
+        p = s.model.diffusion.times_around(centre)
+        assert abs(t.double().mean() - (p * torch.arange(1, 1001)).sum()) < 4 * 300 / 1600**0.5
+        assert abs(noise.std() - 1) < 0.01
+
+
 def test_balanced_batches_show_every_label_equally_often(folder, first_stage):
     for balanced in (True, False):
         s = stage(folder, first_stage, balanced=balanced)
@@ -404,6 +426,7 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(
         (("--groups", 3), "--groups 3: must divide --channels 32"),
         (("--attention-levels", 2), "--attention-levels: expected numbers from 0 to 1"),
         (("--size", 18), "--size 18: expected a multiple of 4"),
+        (("--size", 20, "--grow-at", 1), "--size 20: expected a multiple of 8"),
         (("--latent-scale", 0), "--latent-scale 0.0: must be more than 0"),
         (("--guide-above", -1), "--guide-above -1.0: must be at least 0"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be at most 1"),
