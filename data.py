@@ -30,7 +30,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageOps, PngImagePlugin, UnidentifiedImageError
+from scipy.cluster.vq import kmeans2
+from scipy.spatial.distance import cdist
 from tqdm import tqdm
 
 import painter
@@ -210,6 +212,20 @@ class ImageSet:
         images = torch.from_numpy(self.images[index]).to(device, non_blocking=True)
         labels = torch.from_numpy(self.labels[index].astype(np.int64))
         return to_tensor(images), labels.to(device, non_blocking=True)
+
+    def palettes(self):
+        """The palette of every image, (N, 4, 4) float32, see `palette`. Those of a packed set are
+        kept in a file beside its images."""
+        packed = Path(self.images.filename) if isinstance(self.images, np.memmap) else None
+        file = packed and packed.with_name("palettes.npy")
+        if file and file.exists() and file.stat().st_mtime_ns > packed.stat().st_mtime_ns:
+            return np.load(file)
+        rows = tqdm(threaded(palette, self.images), "palettes", len(self.images), disable=None)
+        found = np.stack(list(rows))
+        if file and os.access(file.parent, os.W_OK):
+            with whole_file(file) as temporary, temporary.open("wb") as opened:
+                np.save(opened, found)
+        return found
 
     def name(self, row):
         """A name for one image: that of its file, if it has one, else its class and its row."""
@@ -432,6 +448,17 @@ def rgb_to_lab(rgb):
     return f @ to_lab.T - np.array([16, 0, 0], f.dtype)
 
 
+def lab_to_rgb(lab):
+    """Inverse of `rgb_to_lab`. (..., 3) -> (..., 3) float64, 0 to 255; clipped where sRGB ends."""
+    lab = np.asarray(lab, np.float64) + [16, 0, 0]
+    f = lab @ np.linalg.inv([[0, 116, 0], [500, -500, 0], [0, 200, -200]]).T
+    t = np.where(f > DELTA, f**3, 3 * DELTA**2 * (f - DELTA) + DELTA**3)
+    linear = ((t * D65) @ np.linalg.inv(RGB_TO_XYZ).T).clip(0, 1)
+    return 255 * np.where(
+        linear <= 0.04045 / 12.92, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055
+    )
+
+
 def srgb_to_linear(u):
     """IEC 61966-2-1:  u / 12.92 up to 0.04045, ((u + 0.055) / 1.055)^2.4 above; 0 to 1."""
     return np.where(u <= 0.04045, u / 12.92, ((np.maximum(u, 0) + 0.055) / 1.055) ** 2.4)
@@ -461,6 +488,66 @@ def label_distances(colours, space="rgb", palette=COLOURS):
     labels = np.array(list(palette.values()), np.float64)
     labels = rgb_to_lab(labels) if space == "lab" else labels
     return np.linalg.norm(np.asarray(colours)[..., None, :] - labels, axis=-1)
+
+
+MOST_COLOURS = 4  # of a palette
+ONE_COLOUR = 15.0  # nearer colours, in Delta-E, are one
+
+
+def palette(image):
+    """The dominant colours of an image: (4, 4) float32, rows (L, a, b, share), the largest first.
+
+    k-means in LAB with eight centres, on a thumbnail. Then the nearest two become their mean while
+    more than four are left or these two are nearer than `ONE_COLOUR`. Rows without a colour are 0.
+    Not in the thesis, whose pictures have one label. image: (H, W, 1 or 3) uint8.
+    """
+    pixels = rgb_to_lab(fit(image, 24).astype(np.float64)).reshape(-1, 3)
+    count = min(8, len(np.unique(pixels, axis=0)))
+    colours, member = kmeans2(pixels, count, minit="++", rng=0)
+    shares = np.bincount(member, minlength=count) / len(pixels)
+    colours, shares = colours[shares > 0], shares[shares > 0]
+    while len(shares) > 1:
+        distance = cdist(colours, colours) + np.diag(np.full(len(shares), np.inf))
+        i, j = np.unravel_index(distance.argmin(), distance.shape)
+        if distance[i, j] >= ONE_COLOUR and len(shares) <= MOST_COLOURS:
+            break
+        colours[i] = np.average(colours[[i, j]], axis=0, weights=shares[[i, j]])
+        shares[i] += shares[j]
+        colours, shares = np.delete(colours, j, axis=0), np.delete(shares, j)
+    order, found = np.argsort(-shares), np.zeros((MOST_COLOURS, 4), np.float32)
+    found[: len(order)] = np.column_stack([colours, shares])[order]
+    return found
+
+
+UNKNOWN = -1.0  # the share of a colour that may have any share
+
+
+def read_colours(words):
+    """A palette from words such as "gold", "#1e90ff" or "#202020:0.6", a colour and its share.
+
+    Returns (4, 4) float32 as `palette`, in the order of the words. Raises UserError.
+    """
+    if not 1 <= len(words) <= MOST_COLOURS:
+        raise UserError(f"{len(words)} colours; expected 1 to {MOST_COLOURS}")
+    found = np.zeros((MOST_COLOURS, 4), np.float32)
+    for row, word in zip(found, words):
+        name, has_share, share = word.partition(":")
+        try:
+            rgb = ImageColor.getrgb(name)[:3]
+        except ValueError:
+            raise UserError(
+                f"{name!r} is no colour; expected a name such as gold, or #rrggbb"
+            ) from None
+        try:
+            share = float(share) if has_share else UNKNOWN
+            if has_share and not 0 < share <= 1:
+                raise ValueError
+        except ValueError:
+            raise UserError(f"{word}: expected a share above 0 and at most 1") from None
+        row[:] = *rgb_to_lab(np.array(rgb, np.float64)), share
+    if found[:, 3].clip(0).sum() > 1.001:
+        raise UserError("the shares of the colours are more than 1 together")
+    return found
 
 
 def is_plain(image):

@@ -340,6 +340,19 @@ def classifier_free_guidance(eps_zero, eps_y, scale):
     return eps_zero + scale * (eps_y - eps_zero)
 
 
+def guidance_away(eps, eps_zero, eps_not, weight):
+    """Away from a condition n (not in the thesis):  eps' = eps - w (eps_n - eps_0).
+
+    eps is -sqrt(1 - alpha_bar_t) times the score grad log p(x_t). With classifier-free guidance
+    towards y, eps' belongs to the score of
+
+        p(x_t) p(y | x_t)^s p(n | x_t)^(-w)
+
+    because eps_n - eps_0 is that of log p(n | x_t) = log p(x_t | n) - log p(x_t) + constant.
+    """
+    return eps - weight * (eps_not - eps_zero)
+
+
 def classifier_guided_mean(mu, sigma2, gradient, scale):
     """eq. 4.1 (corrected, E48):  mu' = mu_theta + s Sigma_t grad_{x_t} log f(y | x_t, t).
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linprog
 from torch import nn
 
 import data
@@ -101,6 +102,22 @@ def colour_distances(image, label):
         distance = label_distances(pixels, space, {label: COLOURS[label]}).mean()
         numbers += [distance, mean[k], mean.argmin() == k]
     return np.array(numbers, np.float64)
+
+
+def palette_distance(p, q):
+    """How far palette p is from palette q, in Delta-E: the optimal transport of their shares.
+
+        min over F >= 0 of sum_ij F_ij |p_i - q_j|,   sum_j F_ij = share of p_i, sum_i F_ij = of q_j
+
+    F_ij is the share that moves from colour i to colour j. Shares are divided by their sum; those
+    that are unknown (-1) count alike. p, q: (n, 4) and (m, 4), rows (L, a, b, share), see
+    `data.palette`; rows of share 0 are no colours. Not in the thesis.
+    """
+    p, q = (np.asarray(x, np.float64)[np.asarray(x)[:, 3] != 0] for x in (p, q))
+    n, m, shares = len(p), len(q), [np.abs(x[:, 3]) / np.abs(x[:, 3]).sum() for x in (p, q)]
+    cost = np.linalg.norm(p[:, None, :3] - q[None, :, :3], axis=2)
+    sums = np.vstack([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    return linprog(cost.ravel(), A_eq=sums[:-1], b_eq=np.concatenate(shares)[:-1]).fun
 
 
 def mean_colour_distances(images, classes):

@@ -8,6 +8,7 @@ files.
 
 import errno
 import hashlib
+import math
 import os
 import re
 import sys
@@ -15,12 +16,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import ASSETS, UserError, cache_folder, view, whole_file, write_npy
+from data import (
+    ASSETS,
+    COLOURS,
+    MOST_COLOURS,
+    UNKNOWN,
+    UserError,
+    cache_folder,
+    lab_to_rgb,
+    rgb_to_lab,
+    view,
+    whole_file,
+    write_npy,
+)
 from ddpm import SCHEDULES, Diffusion
-from unet import latent_unet, letters_unet, noisy_classifier
+from unet import TransformerBlock, latent_unet, letters_unet, noisy_classifier
 from vqgan import VQGAN, Codebook, GaussianBottleneck, NoBottleneck, PerceptualLoss
 
 # --------------------------------------------------------------------------------------------------
@@ -61,6 +75,10 @@ class LabelledDiffusion(nn.Module):
         can be the context (1.2, 6.2).
         """
         return {"context": y if y.is_floating_point() else self.context(y.view(len(y), -1))}
+
+    def cross_attentions(self):
+        """The layers of the network that read the context (4.4.4)."""
+        return [part.attn2 for part in self.unet.modules() if isinstance(part, TransformerBlock)]
 
     def zero_like(self, y):
         """The zero-label in the form of y, which are labels or tokens."""
@@ -151,6 +169,82 @@ class LatentDiffusion(LabelledDiffusion):
         return torch.cat([self.first_stage.decode(part) for part in parts]).clamp(-1, 1)
 
 
+class PaletteTokens(nn.Module):
+    """A token per colour of a palette (not in the thesis, whose label is a single token, E52).
+
+        token = MLP(sin(2^k pi f), cos(2^k pi f), f, whether the share is known),   k = 0, ..., 3
+
+    with f = (L / 100, a / 100, b / 100, share). A missing colour has a learned token of its own,
+    and four of them are the zero-label (4.4.3). Attention adds over tokens, so their order has no
+    meaning. labels: colours in sRGB, (K, 3), that can be named by their number.
+    """
+
+    def __init__(self, labels, channels, octaves=4):
+        super().__init__()
+        table = np.full((len(labels) + 1, 4), UNKNOWN, np.float32)
+        table[:-1, :3] = rgb_to_lab(np.array(labels, np.float64))
+        table[-1] = 0
+        self.register_buffer("table", torch.from_numpy(table))
+        self.register_buffer("frequency", math.pi * 2.0 ** torch.arange(octaves))
+        self.net = nn.Sequential(
+            nn.Linear(4 * (2 * octaves + 1) + 1, channels), nn.SiLU(), nn.Linear(channels, channels)
+        )
+        self.missing = nn.Parameter(torch.randn(channels))
+
+    def palettes(self, y):
+        """Palettes (B, 4, 4) from shorter ones (B, n, 4), or from labels (B,) or (B, n)."""
+        y = y if y.is_floating_point() else self.table[y.view(len(y), -1)]
+        return F.pad(y, (0, 0, 0, MOST_COLOURS - y.shape[1]))
+
+    def forward(self, palettes):
+        """Palettes (B, 4, 4), rows (L, a, b, share) -> tokens (B, 4, channels)."""
+        share = palettes[..., 3:]
+        known = (share > 0).to(share)
+        f = torch.cat([palettes[..., :3] / 100, share * known], dim=-1)
+        angle = (f[..., None] * self.frequency).flatten(2)
+        tokens = self.net(torch.cat([angle.sin(), angle.cos(), f, known], dim=-1))
+        return torch.where(share == 0, self.missing, tokens)
+
+
+def told_colours(palettes, p, u):
+    """What training tells of palettes (B, 4, 4): with probability p nothing (4.4.3). Else the first
+    one, two, three or four colours, and in half of the cases not their shares. u: (B,) uniform in
+    [0, 1)."""
+    case = ((u - p) / (1 - p) * 8).floor().clamp(min=-1).long()[:, None]  # -1 = nothing, else 0..7
+    share = palettes[..., 3]
+    share = torch.where((case % 2 == 1) & (share > 0), UNKNOWN, share)
+    told = torch.arange(MOST_COLOURS, device=case.device) <= case.div(2, rounding_mode="floor")
+    return torch.cat([palettes[..., :3], share[..., None]], dim=-1) * told[..., None]
+
+
+class PaletteDiffusion(LatentDiffusion):
+    """A latent model whose condition is a palette of one to four colours. context: `PaletteTokens`.
+
+    y: palettes (B, n, 4), see `data.palette`, or labels, which are palettes of one colour each.
+    """
+
+    def condition(self, y):
+        return {"context": self.context(self.context.palettes(y))}
+
+    def zero_like(self, y):
+        """The zero-label in the form of y: no colour at all."""
+        return torch.zeros_like(y) if y.is_floating_point() else torch.full_like(y, self.zero_label)
+
+    def start(self, y, noise):
+        """x_T of eq. 3.9 for the mean colour of the palette, see `LatentDiffusion.start`.
+
+        Its latent is that of a plain picture of this colour; without colours it is the mean of all.
+        """
+        palettes = self.context.palettes(y)
+        share = palettes[..., 3:].abs()  # colours without a share count alike
+        lab = (palettes[..., :3] * share).sum(1) / share.sum(1).clamp(min=1e-6)
+        plain = torch.from_numpy(lab_to_rgb(lab.cpu())).to(noise) / 127.5 - 1
+        side = 4 * self.first_stage.factor
+        z = self.encode(plain[:, :, None, None].expand(-1, -1, side, side)).mean((2, 3))
+        z = torch.where(share.sum(1) > 0, z, self.mean[self.zero_label])
+        return self.diffusion.q_sample(z[:, :, None, None], self.diffusion.T, noise)
+
+
 class GuidingClassifier(nn.Module):
     """4.4.2: f(y | x_t, t), trained on noised images for guiding a diffusion model (E47).
 
@@ -231,10 +325,15 @@ def build_latent(settings, classes):
     z_channels, side = first_stage.z_channels, settings["size"] // first_stage.factor
     names = ("channels", "multipliers", "blocks", "context_channels", "attention_levels", "groups")
     unet = latent_unet(z_channels=z_channels, **{name: settings[name] for name in names})
-    context = nn.Embedding(len(classes) + 1, settings["context_channels"])
+    if settings.get("condition") == "palette":  # not in older files
+        Model, colours = PaletteDiffusion, [COLOURS[name] for name in classes]
+        context = PaletteTokens(colours, settings["context_channels"])
+    else:
+        Model = LatentDiffusion
+        context = nn.Embedding(len(classes) + 1, settings["context_channels"])
     beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (z_channels, side, side)
     options = settings["predict"], settings["latent_scale"]
-    model = LatentDiffusion(unet, first_stage, context, beta, classes, shape, *options)
+    model = Model(unet, first_stage, context, beta, classes, shape, *options)
     model.guide_above = settings.get("guide_above", 0.0)  # published models have no such setting
     return model.to(memory_format=torch.channels_last)
 

@@ -6,6 +6,7 @@
     python sample.py --run runs/letters --label R --strip   the denoising path; --gif: a film
     python sample.py --run runs/ldm --per-label 64          one folder per label; also with torchrun
     python sample.py --run runs/ldm --scales 1 2 5 15       grids at guidance scales, and a table
+    python sample.py --colours '#1e90ff' gold:0.2           pictures in these colours; --like PHOTO
     python sample.py --reconstruct paintings                images through a first stage
     python sample.py --bound letters:validation             bits per dimension, eq. 3.15
 
@@ -32,7 +33,13 @@ from tqdm import tqdm, trange
 
 import data
 from data import UserError, to_tensor, to_uint8, whole_file
-from ddpm import Diffusion, classifier_free_guidance, classifier_guided_eps, classifier_guided_mean
+from ddpm import (
+    Diffusion,
+    classifier_free_guidance,
+    classifier_guided_eps,
+    classifier_guided_mean,
+    guidance_away,
+)
 from fid import (
     compare,
     gradient_energy,
@@ -43,7 +50,7 @@ from fid import (
     psnr,
     variety,
 )
-from ldm import fingerprint, load_model, space_of
+from ldm import PaletteDiffusion, fingerprint, load_model, space_of
 from plots import grid, join, save
 
 # --------------------------------------------------------------------------------------------------
@@ -168,11 +175,12 @@ def dpm(eps, x, times, alpha_bar):
 # --------------------------------------------------------------------------------------------------
 
 
-def with_cfg(model, y, scale, guide_above=0.0):
+def with_cfg(model, y, scale, guide_above=0.0, away=None):
     """4.4.3, classifier-free guidance as eps(x, t) for the labels y, (B,).
 
     Scale 0 or 1 needs one evaluation (E49). Otherwise one batch holds the zero-label and the label.
-    ValueError for a negative scale.
+    ValueError for a negative scale. away: labels in the form of y to avoid, see `guidance_away`,
+    with the weight max(1, scale - 1).
 
     guide_above: N (not in the thesis). A scale above 1 holds while the noise is above N, that is
     sqrt((1 - alpha_bar_t) / alpha_bar_t) > N; then the scale is 1. Let x_0 of label y be a Gaussian
@@ -185,15 +193,19 @@ def with_cfg(model, y, scale, guide_above=0.0):
     if not scale >= 0:
         raise ValueError(f"guidance scale {scale:g}; expected 0 or more")
     zero, alpha_bar = model.zero_like(y), model.diffusion.alpha_bar
-    labels = torch.cat([zero, y])
+    labels = [zero, y] if away is None else [zero, y, away]
 
     def eps(x, t):
         above = 1 - alpha_bar[t] > guide_above**2 * alpha_bar[t]
         s = scale if above else min(scale, 1)
-        if s in (0, 1):
+        if s in (0, 1) and not (above and away is not None):
             return model.eps(x, t, y if s else zero)
-        eps_zero, eps_y = model.eps(torch.cat([x, x]), t, labels).chunk(2)
-        return classifier_free_guidance(eps_zero, eps_y, s)
+        several = model.eps(torch.cat([x] * len(labels)), t, torch.cat(labels))
+        eps_zero, eps_y, *eps_away = several.chunk(len(labels))
+        guided = classifier_free_guidance(eps_zero, eps_y, s)
+        if eps_away and above:
+            guided = guidance_away(guided, eps_zero, eps_away[0], max(1.0, scale - 1))
+        return guided
 
     return eps
 
@@ -266,10 +278,12 @@ def denoise(
     clip=None,
     classifier=None,
     bf16=False,
+    away=None,
 ):
     """Run a sampler for the labels y, (B,), with one seed per image. Yields (t, x, x_0) per step.
 
-    y may also be tokens, see `LabelledDiffusion.condition`. guide_above: see `with_cfg`; clip: see
+    y may also be tokens or palettes, see `condition` of the model. guide_above, and away, one label
+    or palette that all images avoid: see `with_cfg`; clip: see
     `with_clipping`; their default is the model's. classifier: with it, the classifier guides
     (4.4.2), and the network sees only the zero-label.
     """
@@ -278,7 +292,9 @@ def denoise(
     alpha_bar, device, gradient = model.diffusion.alpha_bar, model.device, None
     guide_above = model.guide_above if guide_above is None else guide_above
     noise, y = ImageNoise(seeds, model.shape, device), torch.as_tensor(y, device=device)
-    eps = with_cfg(model, y, 0 if classifier else scale, guide_above)
+    if away is not None:
+        away = torch.as_tensor(away, device=device).expand(y.shape)
+    eps = with_cfg(model, y, 0 if classifier else scale, guide_above, away)
     if classifier and scale:
         gradient = classifier_gradient(classifier, y)
     if bf16:  # per call: a generator that pauses inside autocast leaves it on for its reader
@@ -332,14 +348,37 @@ def label_number(model, label):
     return number
 
 
+def colour_palette(model, colours):
+    """A palette (4, 4) as a tensor, from words as for `data.read_colours` or as an array."""
+    if not isinstance(model, PaletteDiffusion):
+        raise UserError("colours: this model knows labels only; train.py's --condition palette")
+    if isinstance(colours[0], str):
+        colours = data.read_colours(colours)
+    return torch.as_tensor(colours)
+
+
 @torch.no_grad()
-def generate(model, labels, seeds=None, count=1, seed=0, steps=50, batch=64, progress=True, **more):
+def generate(
+    model,
+    labels=None,
+    seeds=None,
+    count=1,
+    seed=0,
+    steps=50,
+    batch=64,
+    progress=True,
+    colours=None,
+    **more,
+):
     """`count` images per label, one label after the other: (N, H, W, 3) uint8.
 
     labels: one or a list, see `label_number`; a list of lists for several tokens; or the tokens
     themselves, a float tensor (N, n, channels), see `LabelledDiffusion.condition`.
+    colours: instead of labels a palette, such as ["gold", "#1e90ff:0.3"], see `data.read_colours`.
     seeds: one per image; default: seed, seed + 1, ... more: further arguments of `denoise`.
     """
+    if colours is not None:
+        labels = colour_palette(model, colours)[None]
     if torch.is_tensor(labels) and labels.is_floating_point():
         y = labels.repeat_interleave(count, dim=0)
     else:
@@ -398,6 +437,45 @@ def along_the_path(model, y, seeds, frames, steps, **more):
     for i, (_, x, x_0) in enumerate(denoise(model, y, seeds, steps=steps, **more)):
         if i in chosen:
             yield x, x_0
+
+
+@torch.no_grad()
+def attention(model, y, seeds, **more):
+    """4.4.4: images (N, H, W, 3) uint8, and where each of their n tokens was read, (N, n, h, w).
+
+    The cross-attention weights are averaged over heads, layers and steps; over tokens, they add up
+    to 1. more: as for `denoise`.
+    """
+    maps, (_, height, width) = [], model.shape
+
+    def look(module, inputs, output):
+        weights = module.weights(*inputs).mean(1)  # (B, positions, n), over heads
+        weights = weights[len(y) : 2 * len(y)] if len(weights) > len(y) else weights  # see with_cfg
+        shrink = round((height * width / weights.shape[1]) ** 0.5)
+        weights = weights.transpose(1, 2).unflatten(2, (height // shrink, width // shrink))
+        maps.append(F.interpolate(weights.float(), (height, width)))
+
+    hooks = [layer.register_forward_hook(look) for layer in model.cross_attentions()]
+    total = count = 0
+    try:
+        for _, x, _ in denoise(model, y, seeds, **more):  # noqa: B007
+            total, count = total + sum(maps), count + len(maps)
+            maps.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return to_uint8(model.decode(x)), total / count
+
+
+def draw_attention(palette, images, maps):
+    """A row per image, and where it read each colour of the palette; the first row has these."""
+    side, known = images.shape[1], palette[:, 3] != 0
+    colours = data.lab_to_rgb(palette[known, :3]).round().astype(np.uint8)
+    maps = F.interpolate(maps[:, known], (side, side), mode="bilinear")
+    maps = (255 * maps / maps.amax((1, 2, 3), keepdim=True)).byte().cpu().numpy()
+    first = [np.full((side, side, 3), colour) for colour in [np.uint8([255] * 3), *colours]]
+    rows = [[image, *np.repeat(ours[..., None], 3, axis=3)] for image, ours in zip(images, maps)]
+    return tiles(np.stack(sum(rows, first)), 1 + len(colours))
 
 
 def write_many(model, folder, labels, seeds, batch, settings):
@@ -599,6 +677,8 @@ def parse():
     mode.add_argument("--grid", action="store_true", help="one row per label, the zero-label last")
     mode.add_argument("--scales", type=float, nargs="+", help="one such grid per guidance scale")
     mode.add_argument("--text", help="a word, one image per letter")
+    attention = "for every picture, where the network reads each of its --colours"
+    mode.add_argument("--attention", action="store_true", help=attention)
     mode.add_argument("--strip", action="store_true", help="the denoising path")
     mode.add_argument("--gif", action="store_true", help="the denoising path as a film")
     mode.add_argument("--per-label", type=int, help="this many files out/<label>/<seed>.png")
@@ -608,6 +688,12 @@ def parse():
     mode.add_argument("--bound", **bound, help="bits per dimension of a set (letters:validation)")
     add("--run", help="run folder, model file, letters or paintings (default: by --label)")
     add("--label", help="a name or number; a colour is painted; none = unconditional (default)")
+    palette = (
+        "colours such as gold, '#1e90ff' or white:0.3, the share; again for another --grid row"
+    )
+    add("--colours", nargs="+", action="append", metavar="COLOUR", help=palette)
+    add("--like", metavar="FILE", help="the colours of this picture")
+    add("--away", nargs="+", metavar="COLOUR", help="colours (or a label) to avoid")
     add("--n", type=int, help="images or columns (default 16; --gif 32, --grid 8, --strip 2)")
     add("--seed", type=int, default=0, help="image k has seed + k (default 0)")
     add("--out", help="picture; folder for --per-label or --reconstruct")
@@ -642,12 +728,21 @@ def check(args):
     if args.out and not args.per_label and (suffix or not args.reconstruct):
         data.picture_name(args.out)
     all_labels = args.grid or args.scales or args.text is not None
+    palette = args.colours or args.like
     for wrong, message in (
         (args.eta > 1, "--eta: expected 0 to 1"),
         (args.eta and args.sampler != "ddim", "--eta: only with --sampler ddim"),
         (args.classifier and not guided, "--classifier: only with --guidance classifier"),
         (args.guide_above is not None and guided, "--guide-above: not with --guidance classifier"),
         (args.label and all_labels, "--label: not with --grid, --scales or --text"),
+        (
+            palette and (args.label or args.scales or args.text is not None or args.per_label),
+            "--colours or --like: not with --label, --scales, --text or --per-label",
+        ),
+        (args.colours and args.like, "--colours or --like, not both"),
+        (len(args.colours or [0]) > 1 and not args.grid, "--colours: several only with --grid"),
+        (args.attention and not palette, "--attention: needs --colours or --like"),
+        (args.away and guided, "--away: not with --guidance classifier"),
         ((args.scales or args.prior) and args.n == 1, "--scales or --prior needs --n 2 or more"),
         (args.gif and args.out and suffix != ".gif", f"--out {args.out}: a film; end it with .gif"),
     ):
@@ -657,7 +752,8 @@ def check(args):
 
 def open_models(args, device):
     """The diffusion model, and the settings for `denoise` with the classifier among them."""
-    own = "paintings" if (args.label or "").lower() in data.COLOURS else "letters"
+    colour = args.colours or args.like or (args.label or "").lower() in data.COLOURS
+    own = "paintings" if colour else "letters"
     model = load(args.run or own, args.weights, device, args.compile)
     latent, T = model.stage == "ldm", model.diffusion.T
     if args.steps > T:
@@ -676,7 +772,11 @@ def open_models(args, device):
         args.guide_above = model.guide_above
     names = ("sampler", "steps", "scale", "guide_above", "eta", "clip")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {"bf16": args.precision == "bf16", "classifier": None}
+    settings |= {"bf16": args.precision == "bf16", "classifier": None, "away": None}
+    if args.away and isinstance(model, PaletteDiffusion):
+        settings["away"] = colour_palette(model, args.away).tolist()
+    elif args.away:
+        settings["away"] = label_number(model, args.away[0])
     if args.guidance == "classifier":
         run = args.classifier or "runs/classifier"
         settings["classifier"] = load_classifier(run, model, args.weights, args.compile)
@@ -686,6 +786,7 @@ def open_models(args, device):
 def write_samples(args, device):
     """Everything that a diffusion model draws."""
     model, settings = open_models(args, device)
+    palettes, names = asked_palettes(model, args)
     try:
         label = label_number(model, args.label or "none")
     except UserError as error:
@@ -700,13 +801,23 @@ def write_samples(args, device):
         seeds = range(args.seed, args.seed + args.per_label)
         write_many(model, Path(args.out or "samples"), labels, seeds, args.batch, settings)
     else:
-        picture, name = draw(model, args, label, settings)
+        picture, name = draw(model, args, label, palettes, names, settings)
         out = args.out or f"{name}.{'gif' if args.gif else 'png'}"
         save(picture, out)
         print(out)
 
 
-def draw(model, args, label, settings):
+def asked_palettes(model, args):
+    """The palettes of --colours or --like: (P, 4, 4), or None; and their names."""
+    if args.like:
+        return colour_palette(model, data.palette(data.decode(args.like)))[None], ["like"]
+    if args.colours:
+        found = torch.stack([colour_palette(model, words) for words in args.colours])
+        return found, [" ".join(words) for words in args.colours]
+    return None, []
+
+
+def draw(model, args, label, palettes, names, settings):
     """The picture that the arguments ask for, and its default name."""
     batched, seed, columns = settings | {"batch": args.batch}, args.seed, args.n or 8
     if args.text is not None:
@@ -717,15 +828,24 @@ def draw(model, args, label, settings):
         row = np.zeros((len(args.text), *images.shape[1:]), np.uint8)
         row[[char != " " for char in args.text]] = images
         return grid(row, len(row), scale=3, gap=0), args.text.replace(" ", "_")
+    if args.grid and palettes is not None:
+        palettes = torch.cat([palettes, torch.zeros_like(palettes[:1])])
+        seeds = np.tile(seed + np.arange(columns), len(palettes))
+        images = generate(model, palettes.repeat_interleave(columns, 0), seeds, **batched)
+        return tiles(images, columns, [*names, "none"]), "grid"
     if args.grid:
         images = images_by_label(model, columns, seed, **batched)
         return draw_rows(images, model.classes), "grid"
     if args.scales:
         return draw_scales(model, columns, seed, args.scales, **batched), "scales"
-    n = args.n or (32 if args.gif else 2 if args.strip else 16)
+    n = args.n or (32 if args.gif else 2 if args.strip else 4 if args.attention else 16)
     seeds, columns = seed + np.arange(n), min(n, 8)
     y, name = np.full(n, label), [*model.classes, "none"][label]
-    if args.gif and not args.label:
+    if palettes is not None:
+        y, name = palettes.expand(n, -1, -1), "colours"
+    if args.attention:
+        return draw_attention(palettes[0], *attention(model, y, seeds, **settings)), "attention"
+    if args.gif and not args.label and palettes is None:
         y, name = np.arange(n) % len(model.classes), "all"
     if args.gif:
         path = along_the_path(model, y, seeds, 48, **settings)
@@ -734,8 +854,8 @@ def draw(model, args, label, settings):
         path = along_the_path(model, y, seeds, 12, **settings)
         path = np.array([[to_uint8(model.decode(x)) for x in state] for state in path])
         path = path.transpose(2, 1, 0, 3, 4, 5)  # (n, 2, frames, H, W, 3)
-        names = ["x_t", "x_0"] * n
-        return tiles(np.concatenate(np.concatenate(path)), path.shape[2], names), f"{name}_strip"
+        rows = ["x_t", "x_0"] * n
+        return tiles(np.concatenate(np.concatenate(path)), path.shape[2], rows), f"{name}_strip"
     return tiles(generate(model, y, seeds, **batched), columns), name
 
 

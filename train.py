@@ -280,6 +280,9 @@ class Latent(Diffusion):
     schedule: str = "sqrt_linear"
     attention_levels: tuple | None = setting(None, "(default: all)", kind=int, nargs="+")
     groups: int = setting(32, "groups of every GroupNorm", above=0)
+    condition: str = setting(
+        "label", "a label, or the colours of a picture", choices=("label", "palette")
+    )
     context_channels: int = setting(512, "width of the label embedding", above=0)
     latent_scale: float | None = setting(
         None, "factor (default: 1 for a published first stage, else 1/std)", kind=float, above=0
@@ -535,6 +538,10 @@ class DiffusionStage(Stage):
     columns = ("colour_distance",)
     latents, latent_scale = None, 1.0  # (N, views, C, h, w)
 
+    def conditions(self, rows):
+        """y of these images, (B, ...)."""
+        return torch.from_numpy(self.data.labels[rows])
+
     def encode(self, first_stage):
         """The latents. Those of an equivariant first stage can be turned themselves."""
         s = self.settings
@@ -551,8 +558,8 @@ class DiffusionStage(Stage):
         else:
             encoded = self.latents.shape[1] > 1
             x = self.latents[rows, views.numpy() if encoded else 0]
-            x, y = torch.from_numpy(x), torch.from_numpy(self.data.labels[rows])
-            x, y = (a.to(device, non_blocking=True) for a in (self.latent_scale * x, y))
+            x, y = self.latent_scale * torch.from_numpy(x), self.conditions(rows)
+            x, y = (a.to(device, non_blocking=True) for a in (x, y))
             if encoded:
                 return x, y
         return data.viewed(x, views), y
@@ -648,6 +655,7 @@ class LatentStage(DiffusionStage):
 
     Settings = Latent
     next = "python sample.py --run {out} --grid"
+    palettes = None
 
     def __init__(self, settings):
         s, first_stage, source = settings, None, None
@@ -667,13 +675,17 @@ class LatentStage(DiffusionStage):
         if s.size % divisor:
             raise UserError(f"--size {s.size}: expected a multiple of {divisor}")
         super().__init__(s, s.size, "rgb")
+        if s.condition == "palette" and not set(self.classes) <= set(data.COLOURS):
+            raise UserError(f"--condition palette: the labels of {s.data} must be colours")
         values = asdict(s) | {"latent_scale": s.latent_scale or 1.0}
         self.model = ldm.build_latent(values, self.classes).to(s.device)
         if first_stage:
             self.model.first_stage.load_state_dict(first_stage.state_dict())
         if source:
             self.model.unet.load_state_dict(source.unet.state_dict())
-            if len(source.classes) == len(self.classes):
+            if source.settings.get("condition", "label") != s.condition:
+                print(f"the tokens of --condition {s.condition} are new: {s.init} has others")
+            elif len(source.classes) == len(self.classes):
                 self.model.context.load_state_dict(source.context.state_dict())
             else:
                 print(f"the label table is new: {s.init} has {len(source.classes)} labels")
@@ -685,6 +697,9 @@ class LatentStage(DiffusionStage):
     def start(self, resumed):
         s = self.settings
         self.encode(self.model.first_stage)
+        if s.condition == "palette":
+            with first_of_machine():
+                self.palettes = torch.from_numpy(self.data.palettes())
         z = self.latents[self.train_rows, 0]
         mean, deviation = z.mean(dtype=np.float64), z.std(dtype=np.float64)
         s.latent_scale = s.latent_scale or float(1 / deviation)
@@ -694,6 +709,14 @@ class LatentStage(DiffusionStage):
         self.model.mean.copy_(torch.from_numpy(np.stack(means)) * s.latent_scale)
         print(f"latents {z.shape[1:]}: mean {mean:.3f}, deviation {deviation:.3f}, ", end="")
         print(f"scaled by {s.latent_scale:.3f}")
+
+    def conditions(self, rows):
+        return super().conditions(rows) if self.palettes is None else self.palettes[rows]
+
+    def told(self, y, u):
+        if self.palettes is None:
+            return super().told(y, u)
+        return ldm.told_colours(y, self.settings.p_uncond, u)
 
     def growing(self, n):
         """Whether update n sees latents of half the side, means of four (progressive growing).

@@ -131,13 +131,19 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_channels, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
+    def split(self, tokens):
+        """(B, N, C) -> (B, heads, N, d)."""
+        return tokens.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
     def forward(self, x, context=None):
         context = x if context is None else context
-        q, k, v = (
-            project(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N or n, d)
-            for project, tokens in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
+        q, k, v = map(self.split, (self.to_q(x), self.to_k(context), self.to_v(context)))
         return self.to_out(attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, C)
+
+    def weights(self, x, context):
+        """softmax(Q K^T / sqrt(d)), (B, heads, N, n): how much each position reads each token."""
+        q, k = self.split(self.to_q(x)), self.split(self.to_k(context))
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
 
 
 def attend(q, k, v):

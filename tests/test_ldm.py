@@ -253,7 +253,12 @@ def test_until_grow_at_an_example_is_the_mean_of_four_latents_with_t_of_the_same
     for n in range(400):
         s.loss(n)
     before, after = ([torch.cat(a) for a in zip(*part)] for part in (seen[:200], seen[200:]))
-    assert before[2].shape == (1600, 4, 4, 4) and after[0].shape == after[2].shape == (1600, 4, 8, 8)
+    assert before[2].shape == (1600, 4, 4, 4) and after[0].shape == after[2].shape == (
+        1600,
+        4,
+        8,
+        8,
+    )
     rows = np.concatenate([np.searchsorted(s.train_rows, s.rows(n)) for n in range(400)])
     torch.testing.assert_close(after[0], x[rows[1600:]])
     torch.testing.assert_close(
