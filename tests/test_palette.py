@@ -220,7 +220,7 @@ def test_weights_of_attention_give_its_output():
 
 
 def test_4_4_4_attention_finds_the_half_of_each_colour():
-    """Latents of two halves, each of the latent of one colour. After a short training, a position
+    """E52: latents of two halves, each of the latent of one colour. After training, a position
     reads the token of its own colour more than the other one, whatever the order of the tokens."""
     names, g = ["blue", "gold", "red", "white"], torch.Generator().manual_seed(0)
     model = tiny(predict="v", multipliers=(1,), attention_levels=(0,), size=8)
