@@ -117,6 +117,20 @@ def palettes(*lists):
     return torch.from_numpy(np.stack([read_colours(words) for words in lists]))
 
 
+def test_a_token_depends_on_its_colour_alone_and_missing_ones_have_their_own():
+    tokens = stir(ldm.PaletteTokens([(255, 0, 0)], 12))
+    one, two = tokens(palettes(["gold", "navy:0.5"], ["white:0.1", "navy:0.5", "red"]))
+    assert one.shape == (4, 12)
+    torch.testing.assert_close(one[1], two[1])
+    assert (one[0] - two[0]).abs().max() > 0.01
+    assert torch.equal(one[2:], tokens.missing.expand(2, -1))
+    known, unknown = tokens(palettes(["navy:1"], ["navy"]))[:, 0]
+    assert (known - unknown).abs().max() > 0.01
+    colour = tokens.palettes(torch.tensor([0, 1]))  # a label, then the zero-label
+    torch.testing.assert_close(colour[0, 0, :3], torch.tensor(LAB["red"]).float())
+    assert colour[0, 0, 3] == UNKNOWN and (colour[0, 1:] == 0).all() and (colour[1] == 0).all()
+
+
 def test_the_order_of_colours_does_not_matter_but_colours_and_shares_do():
     model, x, t = tiny(), randn(1, 4, 8, 8), torch.tensor([500])
     words = ["gold:0.5", "navy:0.2", "red"]
