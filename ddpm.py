@@ -240,6 +240,85 @@ class Diffusion:
         prediction = eps_theta(self.q_sample(x_0, t, noise), t)
         return (noise - prediction).float().square().flatten(1).mean(1)
 
+    # Not in the thesis: score, signal-to-noise ratio, SDE and ODE
+
+    def score(self, x_t, t, eps):
+        """The score:  grad log p(x_t) = -eps / sqrt(1 - alpha_bar_t), with the best eps_theta.
+
+        p(x_t) is the mean over x_0 of the Gaussians q(x_t | x_0) of 3.9. So its score is the mean,
+        given x_t, of theirs, -(x_t - sqrt(alpha_bar_t) x_0) / (1 - alpha_bar_t), which is
+        -xi / sqrt(1 - alpha_bar_t). The best eps_theta is the mean of xi given x_t.
+        """
+        return -eps / self.at(self.beta_bar, t, x_t).sqrt()
+
+    def tweedie(self, x_t, t, score):
+        """Tweedie:  E[x_0 | x_t] = (x_t + (1 - alpha_bar_t) grad log p(x_t)) / sqrt(alpha_bar_t).
+
+        `score` solved for eps and put into `predict_x0`.
+        """
+        alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_t), self.at(self.beta_bar, t, x_t)
+        return (x_t + beta_bar * score) / alpha_bar.sqrt()
+
+    def loss_weights(self, predict):
+        """w_t, (T,), t = 1..T: the squared error of a prediction is w_t times that of its x_0.
+
+            eps: SNR,   x_0: 1,   v: SNR + 1,   flow: (sqrt(SNR) + 1)^2,   SNR = alpha_bar/beta_bar
+
+        An error d of x_0 at a given x_t is, by 3.9, one of -sqrt(SNR) d in eps. `eps_from_v` and
+        `eps_from_flow` divide these by sqrt(alpha_bar) and by sqrt(alpha_bar) / (sqrt(alpha_bar) +
+        sqrt(beta_bar)).
+        """
+        snr = self.alpha_bar[1:] / self.beta_bar[1:]
+        table = {"eps": snr, "x_0": torch.ones_like(snr), "v": snr + 1}
+        return (table | {"flow": (snr.sqrt() + 1) ** 2})[predict]
+
+    def eps_from_flow(self, x_t, t, u):
+        """The noise if a network predicts u = eps - x_0, as in flow matching.
+
+        With a = sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t), y = x_t / (a + s) lies on the
+        straight line (1 - tau) x_0 + tau eps, where tau = s / (a + s), and u = dy/dtau. So flow
+        matching is this diffusion at another scale, and a DDIM step is Euler's step along u.
+        x_0 = eps - u in 3.9 gives eps = (x_t + a u) / (a + s).
+        """
+        a, s = self.at(self.alpha_bar, t, x_t).sqrt(), self.at(self.beta_bar, t, x_t).sqrt()
+        return (x_t + a * u) / (a + s)
+
+    def reverse_sde_step(self, x_t, t, eps, noise):
+        """A step of Euler and Maruyama along the reverse of the SDE of which 3.8 is a step.
+
+            forward    dx = -1/2 beta x dt + sqrt(beta) dw          (sqrt(1 - beta) = 1 - beta/2)
+            reverse    dx = -(1/2 beta x + beta grad log p(x_t)) dt + sqrt(beta) dw, t falling
+
+        Returns x_t + 1/2 beta_t x_t + beta_t score + sqrt(beta_t) noise. Ancestral sampling with
+        the variance beta has the mean (x_t + beta_t score) / sqrt(1 - beta_t): the same up to
+        beta_t^2.
+        """
+        beta = self.at(self.beta, t, x_t)
+        return (1 + beta / 2) * x_t + beta * self.score(x_t, t, eps) + beta.sqrt() * noise
+
+    def probability_flow(self, x_t, t, eps):
+        """dx/dt of the ODE whose x_t have the same densities:  -1/2 beta_t (x_t + grad log p(x_t)).
+
+        Half of the reverse drift above, without noise. d alpha_bar/dt = -beta alpha_bar turns it
+        into dy/dr = eps for y = x / sqrt(alpha_bar), r = sqrt(1 / alpha_bar - 1): `ddim` in
+        sample.py is Euler's method for it.
+        """
+        return -self.at(self.beta, t, x_t) / 2 * (x_t + self.score(x_t, t, eps))
+
+    def mean_kept(self, positions, deviation=1.0):
+        """How much of a colour that all positions share survives a start at N(0, I).
+
+        Let all N positions of x_0 have one value c ~ N(0, S^2). The mean of x_T over the positions
+        is N(0, alpha_bar S^2 + beta_bar / N), but that of N(0, I) is N(0, 1/N). A deterministic
+        sampler keeps the quantile, so colours come out with this share of their deviation:
+
+            sqrt(1/N) / sqrt(alpha_bar_T S^2 + beta_bar_T / N)
+
+        which falls with N. `LatentDiffusion.start` therefore begins at the mean of q(x_T).
+        """
+        right = self.alpha_bar[-1] * deviation**2 + self.beta_bar[-1] / positions
+        return (1 / positions / right).sqrt().item()
+
     # 3.5.4  The bound, eq. 3.15, term by term: each (B,), in bits per dimension
 
     def prior_term(self, x_0):

@@ -50,7 +50,7 @@ def network_time(t, x):
 class LabelledDiffusion(nn.Module):
     """A network eps_theta(x_t, t, label) with its schedule: what both models have in common.
 
-    unet: the network; predict: its output, "eps" as in the thesis or "v"; beta: the schedule, (T,);
+    unet: the network; predict: its output, "eps" as in the thesis, "v" or "flow"; beta: (T,);
     classes: the label names in order (label len(classes) is the zero-label of 4.4.3);
     shape: (C, H, W) of x_t.
     """
@@ -95,14 +95,20 @@ class LabelledDiffusion(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         out = self.unet(x, network_time(t, x), **self.condition(y))
         out = out.to(x.dtype)  # samplers would amplify the rounding of bf16
-        return out if self.predict == "eps" else self.diffusion.eps_from_v(x, t, out)
+        if self.predict == "eps":
+            return out
+        convert = {"v": self.diffusion.eps_from_v, "flow": self.diffusion.eps_from_flow}
+        return convert[self.predict](x, t, out)
 
     def loss(self, x_0, y, t, noise):
         """The squared error of the prediction, one value per image; for eps L_simple (3.5.4)."""
         loss = self.diffusion.loss(lambda x, t: self.eps(x, t, y), x_0, t, noise)
         if self.predict == "eps":
             return loss
-        return loss / self.diffusion.at(self.diffusion.alpha_bar, t, loss)
+        alpha_bar = self.diffusion.at(self.diffusion.alpha_bar, t, loss)
+        if self.predict == "v":
+            return loss / alpha_bar
+        return loss * (1 + (1 / alpha_bar - 1).sqrt()) ** 2  # see `Diffusion.loss_weights`
 
 
 class PixelDiffusion(LabelledDiffusion):

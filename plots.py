@@ -3,6 +3,7 @@
     python plots.py sheet letters           some images of every label of a set (figs 4.1, 4.4)
     python plots.py relabel paintings       the two labelling rules compared (figs 4.2, 4.3)
     python plots.py time                    the table of time embeddings (fig. 4.5)
+    python plots.py schedules               signal-to-noise ratio over t; the weights of the losses
     python plots.py losses runs/letters     the loss chart of a training run (5.2)
     python plots.py rows LDM=DIR GAN=DIR    chosen images of several models (fig. 5.8)
 
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 import data
 from data import COLOURS, UserError, label_distances, mean_colour, nearest_colour
+from ddpm import SCHEDULES, Diffusion
 from unet import timestep_embedding
 
 INK, PAPER, RULE, GREY = (40, 40, 44), (255, 255, 255), (225, 225, 228), (150, 150, 156)
@@ -312,6 +314,7 @@ def parse():
     add("--n", type=int, default=8, help="images per row, evenly picked (default 8)")
     add("--size", type=int, default=128, help="pixels per side of each (default 128)")
     command("time", time_command, "figures/figure_4_5.png", "table of time embeddings (fig. 4.5)")
+    command("schedules", schedules_command, "schedules.png", "signal-to-noise ratios, loss weights")
     add = command("losses", losses_command, "loss.png", "losses of a run (5.2) or of several")
     add("runs", nargs="+", help="folders, such as runs/letters; of several, validation losses")
     return parser.parse_args()
@@ -358,6 +361,21 @@ def rows_command(args):
 
 def time_command(args):
     save(time_embedding(128, 64), args.out)
+
+
+def schedules_command(args):
+    """Two charts over t: the signal-to-noise ratio of the three schedules, and the weights by which
+    the losses of the linear one differ, see `Diffusion.loss_weights`."""
+    all_t = list(range(1, 1001))
+    tables = {name: Diffusion(schedule()) for name, schedule in SCHEDULES.items()}
+    ratio = {name: [(all_t, d.loss_weights("eps").tolist())] for name, d in tables.items()}
+    weights = {
+        name: [(all_t, tables["linear"].loss_weights(name).tolist())]
+        for name in ("eps", "x_0", "v", "flow")
+    }
+    title = "Signal-to-noise ratio alpha_bar / (1 - alpha_bar) of the schedules"
+    losses = "Weight of the squared error of x_0 in four losses, linear schedule"
+    save(join([chart(ratio, title, "t", ""), chart(weights, losses, "t", "")]), args.out)
 
 
 def losses_command(args):

@@ -8,7 +8,7 @@
     python sample.py --run runs/ldm --scales 1 2 5 15       grids at guidance scales, and a table
     python sample.py --colours '#1e90ff' gold:0.2           pictures in these colours; --like PHOTO
     python sample.py --reconstruct paintings                images through a first stage
-    python sample.py --bound letters:validation             bits per dimension, eq. 3.15
+    python sample.py --bound letters:validation             bits per dimension, eq. 3.15; also --ode
 
 For a sampler, a model is a function eps(x, t). Guidance and clipping wrap this function, so a
 sampler knows neither the network nor the label. A sampler is a generator: after each step it yields
@@ -19,6 +19,7 @@ For other programs:  generate(load("runs/letters"), ["A", "B"])  returns uint8 i
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -168,6 +169,39 @@ def dpm(eps, x, times, alpha_bar):
         before, h_before = x_0, h
         x, _ = ddim_step(x, (x - a**0.5 * x_0_prime) / (1 - a) ** 0.5, a, a_next)
         yield t_next, x, x_0
+
+
+def ode_log_likelihood(eps, x, times, alpha_bar, probe):
+    """log p(x_0) along the probability-flow ODE (not in the thesis): (B,), in nats.
+
+    With y = x / sqrt(a) and r = sqrt(1/a - 1), dy/dr = eps (see `ddim_step`). A density moves with
+    its points and thins out by the divergence of their velocity (the change of variables):
+
+        log p(y_0) = log p(y_R) + integral_0^R div_y eps dr,    x_T ~ N(0, I)
+
+    Hutchinson: div eps is the mean of z . (d eps/dy z) over z with entries +1 or -1; `probe` is one
+    such z per image. times: rising, from 0 to T. Heun's method, the mean of the slopes at both ends
+    of a step. No network knows t = 0, so t = 1 stands for it there.
+    """
+
+    def slope(y, t):
+        root = alpha_bar[t].item() ** 0.5
+        with torch.enable_grad():
+            x = (root * y).detach().requires_grad_()
+            e = eps(x, max(t, 1))
+            (gradient,) = torch.autograd.grad((e * probe).sum(), x)
+        return e.detach(), root * (gradient * probe).flatten(1).sum(1)
+
+    y, integral = x, 0.0
+    for t, t_next in zip(times, times[1:]):
+        r, r_next = ((1 / alpha_bar[i].item() - 1) ** 0.5 for i in (t, t_next))
+        e, div = slope(y, t)
+        e_next, div_next = slope(y + (r_next - r) * e, t_next)
+        y = y + (r_next - r) * (e + e_next) / 2
+        integral = integral + (r_next - r) * (div + div_next) / 2
+    a, d = alpha_bar[times[-1]].item(), x[0].numel()
+    square = (a**0.5 * y).square().flatten(1).sum(1)
+    return integral - square / 2 - d / 2 * math.log(2 * math.pi / a)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -640,18 +674,24 @@ def write_prior(args, device):
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def write_bound(args, device):
-    """--bound: eq. 3.15, `Diffusion.bound`, for images of a set with their labels."""
+def open_likelihood(args, device, name):
+    """What both numbers need: the model, images with labels, noise with a seed per image."""
     model = load(args.run or "letters", args.weights, device, args.compile)
     if model.stage != "letters":
-        raise UserError("--bound: eq. 3.15 is for pixels; this model diffuses latents")
-    found, n = data.open_set(args.bound, model.shape[1]), args.n or 16
+        raise UserError("--bound, --ode: likelihoods are of pixels; this model diffuses latents")
+    found, n = data.open_set(name, model.shape[1]), args.n or 16
     rows = np.linspace(0, len(found.labels) - 1, min(n, len(found.labels))).astype(int)
     x, y = found.batch(rows, device)
     if found.classes != model.classes:
         y = torch.full_like(y, model.zero_label)
-    draw, T = ImageNoise(args.seed + np.arange(len(rows)), model.shape, device), model.diffusion.T
+    return model, x, y, ImageNoise(args.seed + np.arange(len(rows)), model.shape, device)
+
+
+@torch.no_grad()
+def write_bound(args, device):
+    """--bound: eq. 3.15, `Diffusion.bound`, for images of a set with their labels."""
+    model, x, y, draw = open_likelihood(args, device, args.bound)
+    T = model.diffusion.T
     with tqdm(total=T, desc="bound", unit="step", disable=None) as bar:
 
         def noise(t):
@@ -659,11 +699,34 @@ def write_bound(args, device):
             return draw()
 
         terms = model.diffusion.bound(lambda x, t: model.eps(x, t, y), x, noise)
-    total, error = terms.sum(1), terms.sum(1).std() / len(rows) ** 0.5
+    total, error = terms.sum(1), terms.sum(1).std() / len(x) ** 0.5
     parts = {"L_0": terms[:, 0], f"L_1 to L_{T - 1}": terms[:, 1:-1].sum(1), f"L_{T}": terms[:, -1]}
     for name, value in parts.items():
         print(f"{name:12} {value.mean():8.4f}")
-    print(f"{'bound':12} {total.mean():8.4f} +- {error:.4f} bits per dimension, {len(rows)} images")
+    print(f"{'bound':12} {total.mean():8.4f} +- {error:.4f} bits per dimension, {len(x)} images")
+
+
+@torch.no_grad()
+def write_ode(args, device):
+    """--ode: `ode_log_likelihood` of the same images in bits per dimension, in --steps steps.
+
+    An image has 256 values per dimension, 2/255 apart: uniform noise of that width makes them a
+    density, and log2(255/2) bits turn the density into the probability of a value.
+    """
+    model, x, y, draw = open_likelihood(args, device, args.ode)
+    x = x + (torch.special.ndtr(draw()) - 0.5) * 2 / 255
+    probe, T = draw().sign(), model.diffusion.T
+    times = timesteps(T, min(args.steps, T))[::-1]
+    with tqdm(total=2 * len(times) - 2, desc="ode", unit="step", disable=None) as bar:
+
+        def eps(x, t):
+            bar.update()
+            return model.eps(x, t, y)
+
+        nats = -ode_log_likelihood(eps, x, times, model.diffusion.alpha_bar, probe)
+    bits = nats / x[0].numel() / math.log(2) + math.log2(255 / 2)
+    error = bits.std() / len(x) ** 0.5
+    print(f"{'ode':12} {bits.mean():8.4f} +- {error:.4f} bits per dimension, {len(x)} images")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -686,6 +749,7 @@ def parse():
     mode.add_argument("--prior", nargs="+", help="run folders of first stages: decode z ~ N(0, I)")
     bound = {"nargs": "?", "const": "letters:validation"}
     mode.add_argument("--bound", **bound, help="bits per dimension of a set (letters:validation)")
+    mode.add_argument("--ode", **bound, help="the same by the probability-flow ODE")
     add("--run", help="run folder, model file, letters or paintings (default: by --label)")
     add("--label", help="a name or number; a colour is painted; none = unconditional (default)")
     palette = (
@@ -866,7 +930,8 @@ def main():
     if device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     data.tune(data.check_device(device))
-    others = {"reconstruct": write_reconstructions, "prior": write_prior, "bound": write_bound}
+    others = {"reconstruct": write_reconstructions, "prior": write_prior}
+    others |= {"bound": write_bound, "ode": write_ode}
     write = [function for name, function in others.items() if getattr(args, name)] or [
         write_samples
     ]

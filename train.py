@@ -131,7 +131,9 @@ class Settings:
 class Diffusion(Settings):
     """The settings of the stages whose model generates images for labels."""
 
-    predict: str = setting("eps", "eps (L_simple) or v (learns faster)", choices=("eps", "v"))
+    predict: str = setting(
+        "eps", "eps (L_simple); v or flow learn faster", choices=("eps", "v", "flow")
+    )
     schedule: str = setting("linear", "noise schedule", choices=tuple(SCHEDULES))
     T: int = setting(1000, "diffusion steps", above=0)
     log_snr: float | None = setting(

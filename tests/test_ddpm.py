@@ -417,6 +417,93 @@ def test_ancestral_step_has_the_marginals_of_3_9(s, variance):
     assert torch.equal(D.p_sample(X_0, 500, X_0, NOISE), printed)  # the default
 
 
+# --------------------------------------------------- score, SNR, SDE and ODE: not in the thesis
+
+
+def mixture_log_density(x, t):
+    """log p(x_t) for data 0.3 N(-1, 0.2^2) + 0.7 N(0.5, 0.4^2), and E[x_0 | x_t]."""
+    w, m, s = tensor(0.3, 0.7), tensor(-1, 0.5), tensor(0.2, 0.4)
+    a = D.alpha_bar[t]
+    law = torch.distributions.Normal(a.sqrt() * m, (a * s**2 + 1 - a).sqrt())
+    each = w.log() + law.log_prob(x[:, None])
+    mean = m + a.sqrt() * s**2 / (a * s**2 + 1 - a) * (x[:, None] - a.sqrt() * m)
+    return each.logsumexp(1), (each.softmax(1) * mean).sum(1)
+
+
+@pytest.mark.parametrize("t", [1, 300, 1000])
+def test_the_score_is_the_gradient_of_log_p_and_gives_the_mean_of_x_0(t):
+    """Tweedie: with the exact score, the predicted x_0 is E[x_0 | x_t], here known by Bayes."""
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64, requires_grad=True)
+    log_p, mean = mixture_log_density(x, t)
+    score = torch.autograd.grad(log_p.sum(), x)[0]
+    x, mean = x.detach(), mean.detach()
+    assert_close(D.tweedie(x, t, score), mean)
+    eps = (x - D.alpha_bar[t].sqrt() * mean) / D.beta_bar[t].sqrt()  # E[xi | x_t], by 3.9
+    assert_close(D.score(x, t, eps), score)
+    assert_close(D.tweedie(x, t, D.score(x, t, eps)), D.predict_x0(x, t, eps))
+
+
+def test_losses_are_weights_on_the_squared_error_of_x_0():
+    """At one x_t, let x_0 be wrong by d. eps, v and u = eps - x_0 are then wrong by multiples."""
+    x_t, d = randn(4, 3, seed=3), randn(4, 3, seed=4)
+    a, s = (D.at(table, T, x_t).sqrt() for table in (D.alpha_bar, D.beta_bar))
+
+    def predictions(x_0):
+        eps = D.predict_eps(x_t, T, x_0)
+        return {"eps": eps, "x_0": x_0, "v": a * eps - s * x_0, "flow": eps - x_0}
+
+    right, wrong = predictions(X_0), predictions(X_0 + d)
+    for name, value in right.items():
+        ratio = (wrong[name] - value).square() / d.square()
+        expected = D.loss_weights(name)[T - 1][:, None].expand(-1, 3)
+        assert_close(ratio, expected, rtol=1e-6, atol=1e-12)
+    assert len(D.loss_weights("eps")) == 1000
+
+
+def test_eps_from_flow_lies_on_a_straight_line():
+    x_t, u = D.q_sample(X_0, T, NOISE), NOISE - X_0
+    assert_close(D.eps_from_flow(x_t, T, u), NOISE)
+    a, s = (D.at(table, T, x_t).sqrt() for table in (D.alpha_bar, D.beta_bar))
+    tau = s / (a + s)
+    assert_close(x_t / (a + s), X_0 + tau * u)
+    assert_close(D.eps_from_flow(x_t.float(), T, u.float()), NOISE.float())
+
+
+def test_the_reverse_sde_step_is_ancestral_sampling_up_to_beta_squared():
+    """(1 - b)^(-1/2) = 1 + b/2 + 3/8 b^2 + ...; the score has a factor b in front."""
+    x, eps, noise = randn(4, 3, seed=3), randn(4, 3, seed=4), randn(4, 3, seed=5)
+    t = torch.tensor([2, 100, 500, 1000])
+    beta, score = D.at(D.beta, t, x), D.score(x, t, eps)
+    difference = D.p_sample(x, t, eps, noise, "beta") - D.reverse_sde_step(x, t, eps, noise)
+    second = beta**2 * (3 / 8 * x + score / 2)
+    assert (difference - second).abs().max() < 1.1 * (beta**3 * (x.abs() + score.abs())).max()
+    assert (difference / second - 1).abs().max() < 0.2
+
+
+def test_the_probability_flow_keeps_the_marginals():
+    """For data N(m, s^2), a point that keeps its place in N(mean_t, var_t) solves the ODE."""
+    m, s, z = 0.6, 0.5, tensor(-1, 0, 1.5)
+    mean, deviation = D.alpha_bar.sqrt() * m, (D.alpha_bar * s**2 + D.beta_bar).sqrt()
+    for t in (100, 500, 999):
+        x, before, after = (mean[i] + deviation[i] * z for i in (t, t - 1, t + 1))
+        flow = D.probability_flow(x, t, gaussian_eps(D, m, s)(x, t))
+        assert_close((after - before) / 2, flow, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions, deviation", [(64, 1.0), (1024, 1.0), (1024, 0.3)])
+def test_a_shared_colour_is_lost_by_a_start_at_the_standard_normal(positions, deviation):
+    """The mean over positions is a Gaussian of its own, with noise of variance 1/N; the exact
+    deterministic path scales it by its deviation at 0 over that at T."""
+    D_ = Diffusion(cosine_schedule()) if deviation == 0.3 else D
+    y, n = tensor(1.0) / positions**0.5, positions
+    for t in range(1000, 0, -1):  # DDIM on y = x / sqrt(alpha_bar), see sample.py
+        a, a_next = D_.alpha_bar[t], D_.alpha_bar[t - 1]
+        eps = (1 - a).sqrt() * y / (a * n * deviation**2 + 1 - a)
+        x_0 = (y - (1 - a).sqrt() * eps) / a.sqrt()
+        y = a_next.sqrt() * x_0 + (1 - a_next).sqrt() * eps
+    assert_close(y / deviation, tensor(D_.mean_kept(positions, deviation)), rtol=0.03, atol=0)
+
+
 # ------------------------------------------------------------------------------------------- 3.5.4
 
 

@@ -13,7 +13,7 @@ ROOMS = {
     "unet": set(),
     "vqgan": set(),
     "data": {"painter"},
-    "plots": {"data", "unet"},
+    "plots": {"data", "ddpm", "unet"},
     "ldm": {"data", "ddpm", "unet", "vqgan"},
     "fid": {"data", "plots"},
     "sample": {"data", "ddpm", "fid", "ldm", "plots"},

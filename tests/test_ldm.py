@@ -65,6 +65,15 @@ def test_the_loss_of_v_is_the_squared_error_of_v():
         torch.testing.assert_close(model.loss(z, y, t, noise), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_loss_of_the_flow_is_the_squared_error_of_the_flow():
+    model, y, t = tiny(predict="flow"), torch.tensor([0, 3, 8]), torch.tensor([1, 400, 990])
+    z, noise = randn(3, *model.shape), randn(3, *model.shape, seed=1)
+    x = model.diffusion.q_sample(z, t, noise)
+    u = model.unet(x, t - 1, **model.condition(y))
+    expected = (u - (noise - z)).square().mean((1, 2, 3))
+    torch.testing.assert_close(model.loss(z, y, t, noise), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_decoded_pictures_stay_in_range():
     far = 9 * randn(2, 3, 32, 32)
     letters = ldm.PixelDiffusion(

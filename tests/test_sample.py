@@ -981,6 +981,69 @@ def test_the_variety_of_scales_leaves_the_zero_label_out(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[1].split() == ["scale", "1", "-", "0.0"]
 
 
+def test_a_ddim_step_is_eulers_step_along_the_flow():
+    """With x_t / (a + s) on the straight line of tau = s / (a + s), dy/dtau = u = eps - x_0."""
+    x, e, (t, t_next) = randn(5), randn(5, seed=1), (700, 600)
+    u = e - D.predict_x0(x, t, e)
+    (a, s), (b, r) = ((A[i].sqrt(), (1 - A[i]).sqrt()) for i in (t, t_next))
+    euler = (b + r) * (x / (a + s) + (r / (b + r) - s / (a + s)) * u)
+    torch.testing.assert_close(ddim_step(x, e, A[t], A[t_next])[0], euler)
+
+
+def test_the_likelihood_by_the_ode_is_that_of_a_mixture():
+    """In one dimension, where every probe gives the exact divergence: log p(x_0) at 50 quantiles."""
+    mixture = Mixture()
+    x, errors = mixture.quantiles(0, 50), {}
+    law = torch.distributions.Normal(mixture.m, mixture.s)
+    exact = (mixture.w.log() + law.log_prob(x[:, None])).logsumexp(1)
+
+    def eps(x, t):
+        return mixture.eps(x[:, 0], t)[:, None]
+
+    for steps in (100, 1000):
+        times, probe = timesteps(1000, steps)[::-1], randn(50, 1).sign()
+        error = sample.ode_log_likelihood(eps, x[:, None], times, A, probe) - exact
+        errors[steps] = error.mean().abs()
+        assert error.abs().max() < 0.02
+    assert errors[1000] < 3e-4 and errors[1000] < errors[100] / 10
+
+
+def test_hutchinson_needs_only_one_probe_where_positions_do_not_mix():
+    """Independent positions: the log-likelihood is the sum of theirs."""
+    mixture, x = Mixture(), randn(3, 4) / 2
+    flat = x.reshape(12, 1)
+
+    def eps(x, t):
+        return mixture.eps(x.flatten(), t).view(x.shape)
+
+    times = timesteps(1000, 100)[::-1]
+    whole = sample.ode_log_likelihood(eps, x, times, A, randn(3, 4, seed=1).sign())
+    each = sample.ode_log_likelihood(eps, flat, times, A, randn(12, 1, seed=2).sign())
+    torch.testing.assert_close(whole, each.view(3, 4).sum(1))
+
+
+def test_bits_per_dimension_by_the_ode(run, monkeypatch, tmp_path):
+    """If every image has the density 1 per unit of [-1, 1], a value has the probability 2/255."""
+    model, seen = make_tiny_model(tmp_path / "m.pt", T=4), []
+    how = ("sample", "--ode", "--run", model, "--n", 4, "--device", "cpu")
+    code, text, err = run(*how)
+    assert code == 0 and "bits per dimension, 4 images" in text, err
+
+    def flat(eps, x, times, alpha_bar, probe):
+        eps(x, 1)
+        seen.extend((x, times, probe))
+        return torch.zeros(len(x))
+
+    monkeypatch.setattr(sample, "ode_log_likelihood", flat)
+    code, text, err = run(*how, "--steps", 2)
+    assert f"{np.log2(127.5):.4f} +- 0.0000 bits" in text
+    x, times, probe = seen
+    clean = open_set("letters:validation").batch(np.linspace(0, 1039, 4).astype(int))[0]
+    assert times == [0, 2, 4] and set(probe.unique().tolist()) == {-1.0, 1.0}
+    noise = (x - clean) * 255 / 2
+    assert noise.abs().max() < 0.5 + 1e-4 and noise.std() == pytest.approx(12**-0.5, rel=0.02)
+
+
 def test_the_bound_is_of_labelled_images_with_new_noise_at_every_step(run, tmp_path, monkeypatch):
     """Totals 0, 2, 4 and 6 have a standard error of sqrt(20 / 3) / 2."""
     labels, noises = [], []
