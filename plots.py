@@ -174,8 +174,11 @@ def bars(rows, value, title):
 
 
 def log_ticks(low, high):
-    """Ticks 1, 2, 5 x 10^k from `low` to `high`; finer ones if these are fewer than three."""
+    """Powers of ten from `low` to `high`; finer ticks if these are fewer than six or three."""
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    inside = decades[(low <= decades) & (decades <= high)]
+    if len(inside) >= 6:
+        return inside
     for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), np.arange(10, 100) / 10):
         ticks = np.outer(decades, steps).flatten()
         ticks = ticks[(low <= ticks) & (ticks <= high)]

@@ -30,6 +30,7 @@ LATENT = "--updates 2 --channels 32 --multipliers 1 1"
 SHORTER = (  # the first pattern that a command contains -> flags that make it short
     (r"--(help|reconstruct|prior)\b", ""),
     (r"--bound", "--n 1"),
+    (r"--ode", "--n 1 --steps 2"),
     (r"--resume", "--updates 3"),
     (r"--init", "--updates 2 --size 32"),
     (r"--condition palette", f"{LATENT} --T 2"),
