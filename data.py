@@ -147,6 +147,12 @@ def check_device(device):
     return device
 
 
+def send(x, device):
+    """x on the device. A GPU fetches it from pinned memory while the program goes on."""
+    x = x.pin_memory() if torch.device(device).type == "cuda" else x
+    return x.to(device, non_blocking=True)
+
+
 def tune(device, keep_memory=True):
     """Change two defaults of a CPU that cost the large model half its speed. Call it first of all.
 
@@ -209,9 +215,9 @@ class ImageSet:
 
     def batch(self, index, device="cpu"):
         """The images and labels of the rows `index`: x (B, 3, H, W) in [-1, 1] and y (B,)."""
-        images = torch.from_numpy(self.images[index]).to(device, non_blocking=True)
+        images = send(torch.from_numpy(self.images[index]), device)
         labels = torch.from_numpy(self.labels[index].astype(np.int64))
-        return to_tensor(images), labels.to(device, non_blocking=True)
+        return to_tensor(images), send(labels, device)
 
     def palettes(self):
         """The palette of every image, (N, 4, 4) float32, see `palette`. Those of a packed set are

@@ -112,7 +112,8 @@ class Diffusion:
         """table[t] in the precision and on the device of x, in a shape that multiplies x."""
         if isinstance(t, int):
             return table[t].to(x.dtype)  # a scalar on the CPU multiplies tensors of any device
-        value = table.to(x.dtype).to(x.device)[t]  # in this order: some devices lack float64
+        table = table.to(x.dtype)  # before it moves: some devices lack float64
+        value = table.to(x.device, non_blocking=True)[t]
         return value.view(-1, *[1] * (x.dim() - 1))
 
     def times_around(self, log_snr, deviation=2.0, uniform=0.3):

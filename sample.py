@@ -293,7 +293,7 @@ class ImageNoise:
 
     def __call__(self):
         noise = [torch.randn(self.shape, generator=generator) for generator in self.generators]
-        return torch.stack(noise).to(self.device, non_blocking=True)
+        return data.send(torch.stack(noise), self.device)
 
 
 SAMPLERS = {"plms": plms, "ddim": ddim, "ddpm": ddpm, "dpm": dpm}

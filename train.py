@@ -258,8 +258,9 @@ class FirstStage(Settings):
         factor = 2 ** (len(self.multipliers) - 1 + self.equivariant)
         if self.crop > self.size or self.crop % factor:
             raise UserError(f"--crop {self.crop}: expected a multiple of {factor}, at most --size")
-        if self.adversarial and self.crop >> self.disc_layers < 3:
-            raise UserError(f"--disc-layers {self.disc_layers}: too many for {self.crop} pixels")
+        smallest = self.crop >> self.equivariant  # which `equivariant_change` may halve
+        if self.adversarial and smallest >> self.disc_layers < 3:
+            raise UserError(f"--disc-layers {self.disc_layers}: too many for {smallest} pixels")
 
 
 @dataclass
@@ -561,7 +562,7 @@ class DiffusionStage(Stage):
             encoded = self.latents.shape[1] > 1
             x = self.latents[rows, views.numpy() if encoded else 0]
             x, y = self.latent_scale * torch.from_numpy(x), self.conditions(rows)
-            x, y = (a.to(device, non_blocking=True) for a in (x, y))
+            x, y = (data.send(a, device) for a in (x, y))
             if encoded:
                 return x, y
         return data.viewed(x, views), y
@@ -588,7 +589,7 @@ class DiffusionStage(Stage):
         size = (s.batch, channels, height >> half, width >> half)
         noise = torch.randn(size, generator=draw)
         u, turn = torch.rand((2, s.batch), generator=draw)
-        t, noise, u = (a[part].to(s.device, non_blocking=True) for a in (t, noise, u))
+        t, noise, u = (data.send(a[part], s.device) for a in (t, noise, u))
         x, y = self.examples(self.rows(n)[part], (turn * s.views).long()[part])
         x = F.avg_pool2d(x, 2) if half else x
         return self.model.loss(x, self.told(y, u), t, noise).mean()
@@ -789,7 +790,7 @@ class ClassifierStage(DiffusionStage):
         for t in dict.fromkeys(max(1, T * i // 10) for i in range(11)):
             log_f = self.model.log_f(self.model.diffusion.q_sample(x, t, noise), t)
             loss = -log_f.gather(1, y[:, None]).mean().item()
-            table.append((t, loss, (log_f.argmax(1) == y).double().mean().item()))
+            table.append((t, loss, (log_f.argmax(1) == y).float().mean().item()))
         return table
 
     def validate(self):
@@ -888,7 +889,7 @@ class AutoencoderStage(Stage):
         ]
         x = data.to_tensor(np.stack(squares))
         views = (torch.rand(len(rows), generator=draw) * s.views).long()[part]
-        return data.viewed(x, views).to(s.device, non_blocking=True)
+        return data.send(data.viewed(x, views), s.device)
 
     def loss(self, n, part=WHOLE):
         """eq. 3.5, the auto-encoder:  |x - x_r| + perceptual + latent + lambda * adversarial."""
@@ -902,7 +903,7 @@ class AutoencoderStage(Stage):
         side = s.crop // self.model.factor
         xi = torch.randn((s.batch, self.model.z_channels, side, side), generator=draw)  # of a VAE
         change = equivariant_change(draw) if s.equivariant and n % 2 else lambda x: x
-        x_r, latent_loss, codes = self.model(x, xi[part].to(x.device), change)
+        x_r, latent_loss, codes = self.model(x, data.send(xi[part], s.device), change)
         x = change(x)
         rec = self.reconstruction_loss(x, x_r)
         loss = rec.mean() + latent_loss
@@ -1148,7 +1149,7 @@ class Log:
         row = {"update": update, "epoch": epoch, "lr": learning_rate(settings, update - 1)}
         row |= {"update_seconds": seconds, "memory": torch.cuda.max_memory_allocated() / 2**20}
         if self.sums:
-            means = [(self.sums[name] / self.counts[name]).double().cpu() for name in self.sums]
+            means = [(self.sums[name] / self.counts[name]).cpu().double() for name in self.sums]
             row |= dict(zip(self.sums, mean_across(torch.stack(means)).tolist()))
         self.sums, self.counts = {}, {}
         return row

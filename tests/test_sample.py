@@ -991,7 +991,7 @@ def test_a_ddim_step_is_eulers_step_along_the_flow():
 
 
 def test_the_likelihood_by_the_ode_is_that_of_a_mixture():
-    """In one dimension, where every probe gives the exact divergence: log p(x_0) at 50 quantiles."""
+    """log p(x_0) in one dimension, where every probe gives the exact divergence."""
     mixture = Mixture()
     x, errors = mixture.quantiles(0, 50), {}
     law = torch.distributions.Normal(mixture.m, mixture.s)

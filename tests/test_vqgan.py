@@ -651,6 +651,10 @@ def test_interrupted_training_equals_the_uninterrupted_one(run, folder, tmp_path
         (("--beta", -1), "--beta -1.0: must be at least 0"),
         (("--disc-layers", 4), "--disc-layers 4: too many for"),
         (
+            ("--bottleneck", "kl", "--equivariant", "--crop", 16, "--disc-layers", 2),
+            "--disc-layers 2: too many for 8 pixels",
+        ),
+        (
             ("--perceptual", 1, "--perceptual-files", "nowhere"),
             "vgg16-397923af.pth is not there",
         ),
