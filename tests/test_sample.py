@@ -835,8 +835,8 @@ def test_the_strip_shows_x_t_above_the_predicted_x_0(tiny_model, monkeypatch):
     x_t, x_0 = torch.full((1, 3, 32, 32), -1.0), torch.full((1, 3, 32, 32), 1.0)
     monkeypatch.setattr(sample, "along_the_path", lambda *a, **k: [(x_t, x_0)] * 3)
     args = SimpleNamespace(seed=0, n=1, text=None, grid=False, scales=None, gif=False)
-    args.strip, args.label, args.batch = True, "A", 1
-    picture = np.asarray(sample.draw(model, args, 0, {"steps": 3})[0])
+    args.strip, args.label, args.batch, args.attention = True, "A", 1, False
+    picture = np.asarray(sample.draw(model, args, 0, None, [], {"steps": 3})[0])
     half = picture.shape[0] // 2
     above, below = picture[4 : half - 4, -64:], picture[half + 4 : -4, -64:]
     assert above.mean() < 10 and below.mean() > 245
@@ -929,7 +929,7 @@ def test_every_flag_reaches_the_sampler(draw, tmp_path, monkeypatch):
     flags = ("--sampler", "ddim", "--eta", 0.5, "--scale", 3, "--guide-above", 1.5, "--clip")
     flags += ("--precision", "bf16", "--seed", 7)
     how = {"sampler": "ddim", "eta": 0.5, "scale": 3, "guide_above": 1.5, "clip": True}
-    how |= {"bf16": True, "steps": 2, "classifier": None}
+    how |= {"bf16": True, "steps": 2, "classifier": None, "away": None}
     everything = [*range(27)]
     for name, words, y, seeds in (
         ("a.png", ("--label", "B", "--n", 2), [1, 1], [7, 8]),
