@@ -945,7 +945,7 @@ def test_every_flag_reaches_the_sampler(draw, tmp_path, monkeypatch):
     seen.clear()
     draw(tmp_path / "a.png")
     how = {"sampler": "plms", "eta": 0, "scale": 2, "guide_above": 0, "clip": None}
-    how |= {"bf16": False, "steps": 2, "classifier": None}
+    how |= {"bf16": False, "steps": 2, "classifier": None, "away": None}
     assert seen == [([26] * 16, [*range(16)], how)]
 
 
