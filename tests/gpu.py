@@ -134,13 +134,14 @@ def latent():
 
 def pictures():
     """The thesis: 15 pictures in 40 s on a GTX 1080 Ti (4.6)."""
-    model, count = bench.latent_model(small=TOY).to(DEVICE).eval(), 2 if TOY else 15
+    model = bench.latent_model(small=TOY).to(DEVICE).eval()
+    count, steps = (2, 2) if TOY else (15, 50)
     for bf16 in (False, True):
         start = time.perf_counter()
-        how = {"count": count, "bf16": bf16, "progress": False, "steps": 2 if TOY else 50}
+        how = {"count": count, "bf16": bf16, "progress": False, "steps": steps}
         images = sample.generate(model, ["blue"], **how)
         precision = "bf16" if bf16 else "float32"
-        what = f"{count} pictures of {images.shape[1]}, PLMS 50, guided, {precision}"
+        what = f"{count} pictures of {images.shape[1]}, PLMS {steps}, guided, {precision}"
         yield what, f"{time.perf_counter() - start:.1f} s"
 
 
