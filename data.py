@@ -229,8 +229,8 @@ class ImageSet:
         rows = tqdm(threaded(palette, self.images), "palettes", len(self.images), disable=None)
         found = np.stack(list(rows))
         if file and os.access(file.parent, os.W_OK):
-            with whole_file(file) as temporary, temporary.open("wb") as opened:
-                np.save(opened, found)
+            with whole_file(file) as temporary:
+                np.save(temporary, found)
         return found
 
     def name(self, row):

@@ -174,15 +174,13 @@ def bars(rows, value, title):
 
 
 def log_ticks(low, high):
-    """Powers of ten from `low` to `high`; finer ticks if these are fewer than six or three."""
+    """Powers of ten from `low` to `high`; finer ticks where these would be few."""
     decades = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    inside = decades[(low <= decades) & (decades <= high)]
-    if len(inside) >= 6:
-        return inside
-    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), np.arange(10, 100) / 10):
+    finer = (3, (1, 2, 5)), (3, (1, 1.5, 2, 3, 4, 5, 6, 8)), (3, np.arange(10, 100) / 10)
+    for enough, steps in ((6, (1,)), *finer):
         ticks = np.outer(decades, steps).flatten()
         ticks = ticks[(low <= ticks) & (ticks <= high)]
-        if len(ticks) >= 3:
+        if len(ticks) >= enough:
             break
     return ticks
 

@@ -227,18 +227,19 @@ def with_cfg(model, y, scale, guide_above=0.0, away=None):
     if not scale >= 0:
         raise ValueError(f"guidance scale {scale:g}; expected 0 or more")
     zero, alpha_bar = model.zero_like(y), model.diffusion.alpha_bar
-    labels = [zero, y] if away is None else [zero, y, away]
 
     def eps(x, t):
         above = 1 - alpha_bar[t] > guide_above**2 * alpha_bar[t]
         s = scale if above else min(scale, 1)
-        if s in (0, 1) and not (above and away is not None):
+        avoided = [away] if above and away is not None else []
+        if s in (0, 1) and not avoided:
             return model.eps(x, t, y if s else zero)
+        labels = [zero, y, *avoided]
         several = model.eps(torch.cat([x] * len(labels)), t, torch.cat(labels))
         eps_zero, eps_y, *eps_away = several.chunk(len(labels))
         guided = classifier_free_guidance(eps_zero, eps_y, s)
-        if eps_away and above:
-            guided = guidance_away(guided, eps_zero, eps_away[0], max(1.0, scale - 1))
+        if avoided:
+            guided = guidance_away(guided, eps_zero, *eps_away, max(1.0, scale - 1))
         return guided
 
     return eps
@@ -316,10 +317,10 @@ def denoise(
 ):
     """Run a sampler for the labels y, (B,), with one seed per image. Yields (t, x, x_0) per step.
 
-    y may also be tokens or palettes, see `condition` of the model. guide_above, and away, one label
-    or palette that all images avoid: see `with_cfg`; clip: see
-    `with_clipping`; their default is the model's. classifier: with it, the classifier guides
-    (4.4.2), and the network sees only the zero-label.
+    y may also be tokens or palettes, see `condition` of the model. guide_above: see `with_cfg`;
+    clip: see `with_clipping`; their default is the model's. away: one label or palette that all
+    images avoid. classifier: with it, the classifier guides (4.4.2), and the network sees only the
+    zero-label.
     """
     if eta and sampler != "ddim":
         raise ValueError(f"eta {eta:g} has no meaning for {sampler}, only for ddim")
@@ -752,13 +753,15 @@ def parse():
     mode.add_argument("--ode", **bound, help="the same by the probability-flow ODE")
     add("--run", help="run folder, model file, letters or paintings (default: by --label)")
     add("--label", help="a name or number; a colour is painted; none = unconditional (default)")
-    palette = (
-        "colours such as gold, '#1e90ff' or white:0.3, the share; again for another --grid row"
-    )
+    palette = "such as gold, '#1e90ff' or white:0.3 (the share); again for another --grid row"
     add("--colours", nargs="+", action="append", metavar="COLOUR", help=palette)
     add("--like", metavar="FILE", help="the colours of this picture")
     add("--away", nargs="+", metavar="COLOUR", help="colours (or a label) to avoid")
-    add("--n", type=int, help="images or columns (default 16; --gif 32, --grid 8, --strip 2)")
+    add(
+        "--n",
+        type=int,
+        help="images or columns (default 16; --gif 32, --grid 8, --strip 2, --attention 4)",
+    )
     add("--seed", type=int, default=0, help="image k has seed + k (default 0)")
     add("--out", help="picture; folder for --per-label or --reconstruct")
     add("--sampler", choices=SAMPLERS, default="plms", help="dpm = DPM-Solver++ 2M (default plms)")
@@ -840,6 +843,8 @@ def open_models(args, device):
     if args.away and isinstance(model, PaletteDiffusion):
         settings["away"] = colour_palette(model, args.away).tolist()
     elif args.away:
+        if len(args.away) > 1:
+            raise UserError("--away: this model avoids one label, not several")
         settings["away"] = label_number(model, args.away[0])
     if args.guidance == "classifier":
         run = args.classifier or "runs/classifier"
@@ -850,7 +855,6 @@ def open_models(args, device):
 def write_samples(args, device):
     """Everything that a diffusion model draws."""
     model, settings = open_models(args, device)
-    palettes, names = asked_palettes(model, args)
     try:
         label = label_number(model, args.label or "none")
     except UserError as error:
@@ -865,7 +869,7 @@ def write_samples(args, device):
         seeds = range(args.seed, args.seed + args.per_label)
         write_many(model, Path(args.out or "samples"), labels, seeds, args.batch, settings)
     else:
-        picture, name = draw(model, args, label, palettes, names, settings)
+        picture, name = draw(model, args, label, settings)
         out = args.out or f"{name}.{'gif' if args.gif else 'png'}"
         save(picture, out)
         print(out)
@@ -874,15 +878,16 @@ def write_samples(args, device):
 def asked_palettes(model, args):
     """The palettes of --colours or --like: (P, 4, 4), or None; and their names."""
     if args.like:
-        return colour_palette(model, data.palette(data.decode(args.like)))[None], ["like"]
+        return colour_palette(model, data.palette(data.Files([args.like], None)[0]))[None], ["like"]
     if args.colours:
         found = torch.stack([colour_palette(model, words) for words in args.colours])
         return found, [" ".join(words) for words in args.colours]
     return None, []
 
 
-def draw(model, args, label, palettes, names, settings):
+def draw(model, args, label, settings):
     """The picture that the arguments ask for, and its default name."""
+    palettes, names = asked_palettes(model, args)
     batched, seed, columns = settings | {"batch": args.batch}, args.seed, args.n or 8
     if args.text is not None:
         letters, known = args.text.replace(" ", ""), {name.lower() for name in model.classes}
@@ -918,8 +923,8 @@ def draw(model, args, label, palettes, names, settings):
         path = along_the_path(model, y, seeds, 12, **settings)
         path = np.array([[to_uint8(model.decode(x)) for x in state] for state in path])
         path = path.transpose(2, 1, 0, 3, 4, 5)  # (n, 2, frames, H, W, 3)
-        rows = ["x_t", "x_0"] * n
-        return tiles(np.concatenate(np.concatenate(path)), path.shape[2], rows), f"{name}_strip"
+        names = ["x_t", "x_0"] * n
+        return tiles(np.concatenate(np.concatenate(path)), path.shape[2], names), f"{name}_strip"
     return tiles(generate(model, y, seeds, **batched), columns), name
 
 

@@ -132,7 +132,7 @@ class Diffusion(Settings):
     """The settings of the stages whose model generates images for labels."""
 
     predict: str = setting(
-        "eps", "eps (L_simple); v or flow learn faster", choices=("eps", "v", "flow")
+        "eps", "eps (L_simple), v (learns faster) or flow", choices=("eps", "v", "flow")
     )
     schedule: str = setting("linear", "noise schedule", choices=tuple(SCHEDULES))
     T: int = setting(1000, "diffusion steps", above=0)

@@ -1,13 +1,10 @@
 """The book: its pages are those of the code, every equation is on one, and formulas are set."""
 
 import re
-import sys
 
+import book
 import pytest
 from test_readme import MAP, NUMBERED, ROOT
-
-sys.path.insert(0, str(ROOT / "docs"))
-import book
 
 PAGES = book.pages()
 

@@ -352,7 +352,7 @@ def test_a_run_with_palettes_draws_colours_labels_and_attention(run, refused, tr
         (("--colours", "red", "--label", "blue"), "not with --label"),
         (("--colours", "red", "--like", photo), "not both"),
         (("--colours", "red", "--colours", "blue"), "several only with --grid"),
-        (("--like", tmp_path / "none.png"), "No such file"),
+        (("--like", tmp_path / "none.png"), "none.png: No such file"),
         (("--attention",), "--attention: needs --colours or --like"),
     ):
         assert message in refused("sample", *common, *words)
@@ -364,6 +364,7 @@ def test_a_label_model_refuses_colours_but_avoids_a_label(run, refused, undistur
     code, _, err = run("sample", *common, "--label", "blue", "--away", "red")
     assert code == 0, err
     assert "unknown label 'teel'" in refused("sample", *common, "--away", "teel")
+    assert "avoids one label" in refused("sample", *common, "--away", "red", "blue")
 
 
 def test_init_from_a_label_model_keeps_the_network_and_begins_new_tokens(

@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import book
 import pytest
 from commands import commands
 
@@ -17,13 +18,6 @@ import train
 
 ROOT = Path(__file__).parent.parent
 NUMBERED = [*(f"2.{n}" for n in range(1, 22)), *(f"3.{n}" for n in range(1, 16)), "4.1"]
-
-
-def rows(page):
-    """The rows of all tables of a page, each a list of cells."""
-    lines = (ROOT / page).read_text().splitlines()
-    found = [line.strip("|").split("|") for line in lines if line.startswith("| ")]
-    return [[cell.strip() for cell in row] for row in found]
 
 
 def quoted(cell):
@@ -70,9 +64,9 @@ def uses(test, function):
     return not used.isdisjoint((function, "." + function.split(".")[-1]))
 
 
-MAP = rows("docs/map.md")[1:]
-LISTED = rows("docs/errata.md")[1:]
-FIVE = [row for row in rows("README.md") if re.fullmatch(r"E\d\d", row[0])]
+MAP = book.rows("map.md")
+LISTED = book.rows("errata.md")
+FIVE = [row for row in book.rows("../README.md") if re.fullmatch(r"E\d\d", row[0])]
 
 
 @pytest.mark.parametrize("row", MAP, ids=[f"{row[0]} {row[1]}" for row in MAP])

@@ -835,8 +835,9 @@ def test_the_strip_shows_x_t_above_the_predicted_x_0(tiny_model, monkeypatch):
     x_t, x_0 = torch.full((1, 3, 32, 32), -1.0), torch.full((1, 3, 32, 32), 1.0)
     monkeypatch.setattr(sample, "along_the_path", lambda *a, **k: [(x_t, x_0)] * 3)
     args = SimpleNamespace(seed=0, n=1, text=None, grid=False, scales=None, gif=False)
-    args.strip, args.label, args.batch, args.attention = True, "A", 1, False
-    picture = np.asarray(sample.draw(model, args, 0, None, [], {"steps": 3})[0])
+    args.strip, args.label, args.batch = True, "A", 1
+    args.attention = args.colours = args.like = None
+    picture = np.asarray(sample.draw(model, args, 0, {"steps": 3})[0])
     half = picture.shape[0] // 2
     above, below = picture[4 : half - 4, -64:], picture[half + 4 : -4, -64:]
     assert above.mean() < 10 and below.mean() > 245
