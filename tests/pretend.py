@@ -8,8 +8,10 @@ It also counts what would make the program wait for the GPU.
 """
 
 import contextlib
-import traceback
+import os
+import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,21 +19,29 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parent.parent
+ROOT = str(Path(__file__).parent.parent)
 ATEN = torch.ops.aten
 MAY_MIX = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default, ATEN.copy_.default}
 WAITS = {ATEN._local_scalar_dense.default, ATEN.nonzero.default, ATEN.equal.default}
 NEW = {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 
 
+def callers():
+    """(file, line) of every function that is running, the innermost first."""
+    frame = sys._getframe(1)
+    while frame:
+        yield frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+
+
 def here():
     """The line of the project that asks, as "file:line"."""
-    frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ROOT]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "a test"
+    ours = (f"{file}:{line}" for file, line in callers() if os.path.dirname(file) == ROOT)
+    return os.path.basename(next(ours, "a test"))
 
 
 def in_clip_grad():
-    return any(f.filename.endswith("clip_grad.py") for f in traceback.extract_stack()[-6:])
+    return any(file.endswith("clip_grad.py") for file, _ in islice(callers(), 6))
 
 
 def tensors(values):
