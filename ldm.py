@@ -111,6 +111,63 @@ class LabelledDiffusion(nn.Module):
         return loss * (1 + (1 / alpha_bar - 1).sqrt()) ** 2  # see `Diffusion.loss_weights`
 
 
+class Pyramid(nn.Module):
+    """U-Nets for pictures of several sizes: the noisier x_t, the smaller (not in the thesis).
+
+    The mean over k x k positions of x_t is a smaller picture with a k^2-th of the noise. In the
+    form of 3.5.2, where the shares of signal and noise add up to 1, it is
+
+        y = mean_k(x_t) / sqrt(q),   a = alpha_bar / q,   q = alpha_bar + (1 - alpha_bar) / k^2
+
+    Where noise drowns the details that this mean loses, nothing is known of them, and their
+    expected value is 0. What is left of x_0 is the x_0 of y, each position repeated k x k times:
+
+        x_0 = repeat_k(sqrt(a) y - sqrt(1 - a) v(y, t))
+
+    So a U-Net of small pictures draws the composition, in a k^2-th of the time; that of the large
+    ones draws details only. After subspace diffusion (Jing and others, 2022).
+    unets: those of k = 1, 2, 4, ...; their output is v. So is that of `forward`, which is called
+    like a U-Net: x (B, C, H, W), t (B,) from 0, context (B, n, d).
+    """
+
+    def __init__(self, unets, diffusion):
+        super().__init__()
+        self.unets = nn.ModuleList(unets)
+        alpha_bar = diffusion.alpha_bar[1:].float()  # t starts at 0 here
+        self.register_buffer("alpha_bar", alpha_bar, persistent=False)
+        self.register_buffer("level", torch.zeros(len(alpha_bar), dtype=torch.long))
+
+    def divide(self, z, drowned=1 / 3):
+        """Decide which U-Net sees which t. A detail is drowned if it deviates less than `drowned`
+        times as much as its noise; the smallest k x k that lose only such ones are taken. z: x_0 of
+        some images."""
+        snr = self.alpha_bar / (1 - self.alpha_bar)
+        self.level.zero_()
+        for k in range(len(self.unets) - 1):
+            small = F.avg_pool2d(z, 2)
+            details = (z - F.interpolate(small, scale_factor=2)).square().mean() * 4 / 3
+            self.level += (4**k * details * snr < drowned**2) & (self.level == k)
+            z = small
+
+    def forward(self, x, t, context):
+        out, levels = torch.empty_like(x), self.level[t]
+        for level in levels.unique().tolist():
+            rows = levels == level
+            out[rows] = self.v(level, x[rows], t[rows], context[rows])
+        return out
+
+    def v(self, level, x, t, context):
+        """The prediction of one U-Net, as the v of x."""
+        k, a = 2**level, self.alpha_bar[t].view(-1, 1, 1, 1)
+        if k == 1:
+            return self.unets[0](x, t, context=context).to(x.dtype)
+        q = a + (1 - a) / k**2
+        y = F.avg_pool2d(x, k) / q.sqrt()
+        v = self.unets[level](y, t, context=context).to(x.dtype)
+        x_0 = (a / q).sqrt() * y - (1 - a / q).sqrt() * v
+        return (a.sqrt() * x - F.interpolate(x_0, scale_factor=k)) / (1 - a).sqrt()
+
+
 class PixelDiffusion(LabelledDiffusion):
     """The conditional DDPM in pixel space (4.4.5). context: as in `LatentDiffusion`, or None."""
 
@@ -325,19 +382,33 @@ def build_first_stage(settings):
     return model.to(memory_format=torch.channels_last)
 
 
+def build_latent_unet(settings, z_channels, level):
+    """The U-Net of the latent model for a 2^level-th of the side: it lacks the upper levels."""
+    attention = settings["attention_levels"]
+    if attention is not None:
+        attention = [i - level for i in attention if i >= level]
+    names = ("channels", "blocks", "context_channels", "groups")
+    sizes = {name: settings[name] for name in names}
+    multipliers = tuple(settings["multipliers"][level:])
+    return latent_unet(
+        multipliers=multipliers, z_channels=z_channels, attention_levels=attention, **sizes
+    )
+
+
 def build_latent(settings, classes):
     """The latent model (4.5) with its first stage."""
     first_stage = build_first_stage(settings["first_stage_settings"])
     z_channels, side = first_stage.z_channels, settings["size"] // first_stage.factor
-    names = ("channels", "multipliers", "blocks", "context_channels", "attention_levels", "groups")
-    unet = latent_unet(z_channels=z_channels, **{name: settings[name] for name in names})
+    beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (z_channels, side, side)
+    sizes = settings.get("sizes", 1)  # older files and published ones have one
+    unets = [build_latent_unet(settings, z_channels, level) for level in range(sizes)]
+    unet = Pyramid(unets, Diffusion(beta)) if sizes > 1 else unets[0]
     if settings.get("condition") == "palette":  # not in older files
         Model, colours = PaletteDiffusion, [COLOURS[name] for name in classes]
         context = PaletteTokens(colours, settings["context_channels"])
     else:
         Model = LatentDiffusion
         context = nn.Embedding(len(classes) + 1, settings["context_channels"])
-    beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (z_channels, side, side)
     options = settings["predict"], settings["latent_scale"]
     model = Model(unet, first_stage, context, beta, classes, shape, *options)
     model.guide_above = settings.get("guide_above", 0.0)  # published models have no such setting

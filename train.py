@@ -291,7 +291,7 @@ class Latent(Diffusion):
         None, "factor (default: 1 for a published first stage, else 1/std)", kind=float, above=0
     )
     guide_above: float = setting(0.0, "guide above this noise only, see sample.py", least=0)
-    grow_at: int = setting(0, "latents have half the side before this update", least=0, resume=True)
+    sizes: int = setting(1, "U-Nets, each for half the side of the one before", above=0)
     checkpoint_activations: bool = setting(False, "compute them twice: less memory", resume=True)
     cpu_offload: bool = setting(False, "fsdp: the CPU holds the weights (E59)", resume=True)
     first_stage_settings: dict | None = None  # no flag: the first stage's file decides
@@ -307,6 +307,7 @@ class Latent(Diffusion):
         names = "channels multipliers blocks attention_levels groups context_channels predict "
         names += "schedule T latent_scale"
         found = {name: model.settings[name] for name in names.split()}
+        found["sizes"] = model.settings.get("sizes", 1)
         return found | {"guide_above": model.guide_above, "first_stage": None}
 
     def complete(self):
@@ -314,6 +315,10 @@ class Latent(Diffusion):
         if self.schedule == "cosine" and self.predict == "eps":
             raise UserError(
                 "--schedule cosine: latents need --predict v, their eps cannot be clipped"
+            )
+        if self.sizes > 1 and self.predict != "v" or self.sizes > len(self.multipliers):
+            raise UserError(
+                f"--sizes {self.sizes}: more than one needs --predict v and as many --multipliers"
             )
         several = dist.is_initialized() and self.strategy == "fsdp"
         if self.cpu_offload and not several or self.compile and several:
@@ -567,31 +572,27 @@ class DiffusionStage(Stage):
                 return x, y
         return data.viewed(x, views), y
 
-    def growing(self, n):
-        """Whether update n sees pictures of half the side."""
-        return False
-
     def told(self, y, u):
         """The labels that the network gets: some become the zero-label (4.4.3)."""
         return drop_labels(y, self.model.zero_label, self.settings.p_uncond, u)
+
+    def times(self, draw):
+        """t of the images of an update, (batch,): uniform on {1..T}, or around --log-snr."""
+        s = self.settings
+        if s.log_snr is None:
+            return torch.randint(1, s.T + 1, (s.batch,), generator=draw)
+        p = self.model.diffusion.times_around(s.log_snr)
+        return 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
 
     def loss(self, n, part=WHOLE):
         """The loss of update n (3.5.4), a function of (seed, n) and the weights."""
         s = self.settings
         draw = rng(s.seed, n, 2)
-        half = self.growing(n)
-        if s.log_snr is None:
-            t = torch.randint(1, s.T + 1, (s.batch,), generator=draw)  # uniform on {1..T}
-        else:  # the mean of four latents has a quarter of their noise
-            p = self.model.diffusion.times_around(s.log_snr + half * math.log(4))
-            t = 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
-        channels, height, width = self.model.shape
-        size = (s.batch, channels, height >> half, width >> half)
-        noise = torch.randn(size, generator=draw)
+        t = self.times(draw)
+        noise = torch.randn((s.batch, *self.model.shape), generator=draw)
         u, turn = torch.rand((2, s.batch), generator=draw)
         t, noise, u = (data.send(a[part], s.device) for a in (t, noise, u))
         x, y = self.examples(self.rows(n)[part], (turn * s.views).long()[part])
-        x = F.avg_pool2d(x, 2) if half else x
         return self.model.loss(x, self.told(y, u), t, noise).mean()
 
     @torch.no_grad()
@@ -674,7 +675,7 @@ class LatentStage(DiffusionStage):
                 s.first_stage_settings = first_stage.settings
             s.size = s.size or s.first_stage_settings["size"]
         levels = len(s.first_stage_settings["multipliers"]) + len(s.multipliers)
-        divisor = 2 ** (levels - 2 + bool(s.grow_at))
+        divisor = 2 ** (levels - 2)
         if s.size % divisor:
             raise UserError(f"--size {s.size}: expected a multiple of {divisor}")
         super().__init__(s, s.size, "rgb")
@@ -712,6 +713,13 @@ class LatentStage(DiffusionStage):
         self.model.mean.copy_(torch.from_numpy(np.stack(means)) * s.latent_scale)
         print(f"latents {z.shape[1:]}: mean {mean:.3f}, deviation {deviation:.3f}, ", end="")
         print(f"scaled by {s.latent_scale:.3f}")
+        if s.sizes > 1:
+            some = torch.from_numpy(z[spread(np.arange(len(z)), 1000)]) * s.latent_scale
+            self.model.unet.divide(some.to(s.device))
+            self.levels = self.model.unet.level.cpu()
+            steps = torch.bincount(self.levels, minlength=s.sizes).tolist()
+            sides = [self.model.shape[1] >> level for level in range(s.sizes)]
+            print(f"U-Nets for latents with sides of {sides}: they see {steps} steps of t")
 
     def conditions(self, rows):
         return super().conditions(rows) if self.palettes is None else self.palettes[rows]
@@ -721,13 +729,19 @@ class LatentStage(DiffusionStage):
             return super().told(y, u)
         return ldm.told_colours(y, self.settings.p_uncond, u)
 
-    def growing(self, n):
-        """Whether update n sees latents of half the side, means of four (progressive growing).
+    def times(self, draw):
+        """With --sizes, an update trains one U-Net, at the t that this one sees."""
+        s, p = self.settings, torch.ones(self.settings.T)
+        if s.sizes == 1:
+            return super().times(draw)
+        if s.log_snr is not None:
+            p = self.model.diffusion.times_around(s.log_snr).float()
+        one = torch.multinomial(p, 1, generator=draw)
+        p = p * (self.levels == self.levels[one])
+        return 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
 
-        They cost a quarter of the time and show the same compositions; edges look alike at both
-        sizes. Those of an equivariant first stage are latents of smaller pictures.
-        """
-        return n < self.settings.grow_at
+    def players(self):
+        return [Player("train", self.model, self.loss, idle=self.settings.sizes > 1)]
 
 
 def open_first_stage(run):
@@ -1073,7 +1087,8 @@ class Muon(torch.optim.AdamW):
         super().step()
         lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
         directions = []
-        for k, p in enumerate(self.matrices):
+        moving = [p for p in self.matrices if p.grad is not None]  # not those of idle U-Nets
+        for k, p in enumerate(moving):
             if p not in self.state:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             momentum = self.state[p]["momentum"]
@@ -1081,7 +1096,7 @@ class Muon(torch.optim.AdamW):
             m = (p.grad + 0.95 * momentum).flatten(1)
             mine = k % world() == rank()  # each process computes some, the sum has all
             directions.append(orthogonal(m) if mine else torch.zeros_like(m))
-        for p, direction in zip(self.matrices, map(across, directions)):
+        for p, direction in zip(moving, map(across, directions)):
             rate = lr * max(direction.shape) ** 0.5
             p.mul_(1 - lr * decay).sub_(rate * direction.view_as(p))
 
@@ -1094,14 +1109,19 @@ class Muon(torch.optim.AdamW):
 def orthogonal(m):
     """About U V^T of the singular value decomposition m = U S V^T, by Newton and Schulz's steps.
 
-    X <- a X + b X X^T X + c (X X^T)^2 X  leaves U and V and drives the singular values to about 1:
-    these coefficients are the fastest, and end between 0.7 and 1.2. m: (rows, columns).
+    X <- S X,   S = a + b X X^T + c (X X^T)^2   leaves U and V and drives the singular values to
+    about 1: these a, b and c are the fastest, and end between 0.7 and 1.2. All S are polynomials of
+    the same square matrix, so only these are multiplied: a third of the time, as m is much longer
+    than high. m: (rows, columns).
     """
     x = m.T if m.shape[0] > m.shape[1] else m
     x = x / (x.norm() + 1e-7)
+    square = x @ x.T
+    product = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for _ in range(5):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+        step = 3.4445 * identity - 4.775 * square + 2.0315 * square @ square
+        product, square = step @ product, step @ square @ step
+    x = product @ x
     return x.T if m.shape[0] > m.shape[1] else x
 
 

@@ -252,31 +252,123 @@ def test_an_example_is_the_latent_of_a_random_view(folder, first_stage):
     assert (torch.bincount(torch.cat(seen), minlength=8) / 320 - 1 / 8).abs().max() < 0.06
 
 
-def test_until_grow_at_an_example_is_the_mean_of_four_latents_with_t_of_the_same_snr(
-    folder, first_stage
-):
-    """The mean of four has a quarter of the noise: log SNR is log 4 higher."""
-    s = stage(folder, first_stage, grow_at=200, log_snr=-3.0, predict="v", p_uncond=0.0)
-    x, seen = s.examples(s.train_rows)[0], []
-    s.model.loss = lambda x, y, t, noise: seen.append((x, t, noise)) or torch.zeros(len(y))
-    for n in range(400):
-        s.loss(n)
-    before, after = ([torch.cat(a) for a in zip(*part)] for part in (seen[:200], seen[200:]))
-    assert before[2].shape == (1600, 4, 4, 4) and after[0].shape == after[2].shape == (
-        1600,
-        4,
-        8,
-        8,
-    )
-    rows = np.concatenate([np.searchsorted(s.train_rows, s.rows(n)) for n in range(400)])
-    torch.testing.assert_close(after[0], x[rows[1600:]])
-    torch.testing.assert_close(
-        before[0], x[rows[:1600]].unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean((3, 5))
-    )
-    for (_, t, noise), centre in ((before, -3 + np.log(4)), (after, -3.0)):
-        p = s.model.diffusion.times_around(centre)
-        assert abs(t.double().mean() - (p * torch.arange(1, 1001)).sum()) < 4 * 300 / 1600**0.5
-        assert abs(noise.std() - 1) < 0.01
+# ------------------------------------------------------------------------- U-Nets of several sizes
+
+PYRAMID = {"sizes": 2, "predict": "v"}
+
+
+def pyramid(levels, **changes):
+    """A tiny model whose U-Nets see the given runs of t: [(level, steps), ...]."""
+    model = tiny(**PYRAMID | changes)
+    model.unet.level.copy_(torch.tensor([k for k, steps in levels for _ in range(steps)]))
+    return model
+
+
+class BestV(torch.nn.Module):
+    """The best v for x_0 ~ N(0, variance) in every position:  E[v | x_t], Gaussian conditioning.
+
+    seen: what it was asked, as (x_t, t)."""
+
+    def __init__(self, alpha_bar, variance=1.0):
+        super().__init__()
+        self.alpha_bar, self.variance, self.seen = alpha_bar, variance, []
+
+    def forward(self, x, t, context):
+        self.seen.append((x, t))
+        a = self.alpha_bar(t).float().view(-1, 1, 1, 1)
+        x_0 = a.sqrt() * self.variance / (a * self.variance + 1 - a) * x
+        return (a.sqrt() * x - x_0) / (1 - a).sqrt()
+
+
+@pytest.mark.parametrize("level, k", [(0, 1), (1, 2), (2, 4)])
+def test_a_pyramid_predicts_the_posterior_mean_of_pictures_without_details(level, k):
+    """x_0 = repeat_k(m), m ~ N(0, 1): E[m | x_t] = sqrt(a) mean_k(x_t) / (a + (1 - a) / k^2)."""
+    model = pyramid([(level, 1000)], sizes=3, multipliers=(1, 1, 1), size=32)
+    a_t = model.diffusion.alpha_bar[1:]
+
+    def of_the_mean(t):  # SNR of the mean of k^2: k^2 times as high
+        return k**2 * a_t[t] / (k**2 * a_t[t] + 1 - a_t[t])
+
+    model.unet.unets[level] = small = BestV(of_the_mean)
+    t = torch.tensor([30, 300, 700, 1000])
+    m, noise = randn(4, 4, 16 // k, 16 // k), randn(4, 4, 16, 16, seed=1)
+    x_0 = m.repeat_interleave(k, 2).repeat_interleave(k, 3)
+    x = model.diffusion.q_sample(x_0, t, noise)
+    found = model.diffusion.predict_x0(x, t, model.eps(x, t, torch.zeros(4).long()))
+    a = a_t[t - 1].float().view(4, 1, 1, 1)
+    means = x.unflatten(3, (-1, k)).unflatten(2, (-1, k)).mean((3, 5))
+    expected = a.sqrt() * means / (a + (1 - a) / k**2)
+    expected = expected.repeat_interleave(k, 2).repeat_interleave(k, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    (y, times), *more = small.seen
+    assert not more and torch.equal(times, t - 1)
+    assert y.shape == m.shape and y.var().item() == pytest.approx(1, abs=0.15)
+
+
+def test_every_row_goes_to_the_u_net_of_its_t():
+    model = pyramid([(0, 400), (1, 600)])
+    t, y = torch.tensor([1, 900, 400, 401, 1000]), torch.tensor([0, 1, 2, 3, 8])
+    x = randn(5, *model.shape)
+    together = model.eps(x, t, y)
+    for i in range(5):
+        alone = model.eps(x[i : i + 1], int(t[i]), y[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+    before = model.unet.unets[1].out[2].bias.clone()
+    model.unet.unets[1].out[2].bias.data += 1
+    changed = (model.eps(x, t, y) - together).flatten(1).abs().amax(1) > 1e-3
+    assert changed.tolist() == [False, True, False, True, True] and before.shape == (4,)
+
+
+def test_details_are_drowned_where_they_deviate_a_third_as_much_as_the_noise():
+    """Latents of independent Gaussians: of means, details of deviation d_k, noise of 1 / 2^k."""
+    model = tiny(**PYRAMID | {"sizes": 3, "multipliers": (1, 1, 1), "size": 256})
+    coarse, fine = 0.6 * randn(400, 4, 16, 16), 0.2 * randn(400, 4, 32, 32, seed=1)
+    z = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3) + fine
+    model.unet.divide(z)
+    a = model.diffusion.alpha_bar[1:]
+    noise = ((1 - a) / a).sqrt()  # beside a signal of size 1
+    d_0, d_1 = 0.2, (0.6**2 + 0.2**2 / 4) ** 0.5
+    expected = (d_0 < noise / 3).long() + (d_1 < noise / 2 / 3)
+    assert (model.unet.level != expected).sum() < 10 and expected.unique().tolist() == [0, 1, 2]
+    model.unet.divide(coarse[:, :, ::2].repeat_interleave(2, 2).repeat_interleave(2, 3)[..., ::2])
+    assert (model.unet.level.diff() >= 0).all()
+
+
+def test_an_update_of_a_pyramid_trains_one_u_net_at_its_t(folder, first_stage):
+    how = PYRAMID | {"optimizer": "muon", "multipliers": (1, 1)}
+    for log_snr in (None, 0.0):
+        s = stage(folder, first_stage, log_snr=log_snr, **how)
+        (player,) = s.players()
+        levels = s.model.unet.level
+        p = torch.ones(1000) if log_snr is None else s.model.diffusion.times_around(log_snr)
+        share, found = (p[levels == 1].sum() / p.sum()).item(), []
+        for n in range(400):
+            t = s.times(data.rng(0, n, 2))
+            assert len(levels[t - 1].unique()) == 1 and len(t.unique()) > 2
+            found.append(levels[t[0] - 1].item())
+        assert 0.1 < share < 0.9 and abs(np.mean(found) - share) < 4 * 0.5 / 400**0.5
+    player.parameters = [p for p in s.model.parameters() if p.requires_grad]
+    optimizer = train.make_optimizer(player, s.settings)
+    for n in range(8):
+        before = [[p.clone() for p in unet.parameters()] for unet in s.model.unet.unets]
+        s.loss(n).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved = [
+            any(not torch.equal(p, old) for p, old in zip(unet.parameters(), of_it))
+            for unet, of_it in zip(s.model.unet.unets, before)
+        ]
+        assert moved == [level == found[n] for level in (0, 1)]
+    assert len(set(found[:8])) == 2
+
+
+def test_the_smaller_u_net_lacks_the_upper_level():
+    model = tiny(**PYRAMID | {"multipliers": (1, 2, 4), "attention_levels": (0, 2), "sizes": 3})
+    expected = [((1, 2, 4), (0, 2)), ((2, 4), (1,)), ((4,), (0,))]
+    for unet, (multipliers, levels) in zip(model.unet.unets, expected):
+        same = latent_unet(32, multipliers, 1, 4, 12, levels, 2)
+        shapes = {name: value.shape for name, value in same.state_dict().items()}
+        assert {name: value.shape for name, value in unet.state_dict().items()} == shapes
 
 
 def test_balanced_batches_show_every_label_equally_often(folder, first_stage):
@@ -440,7 +532,8 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(
         (("--groups", 3), "--groups 3: must divide --channels 32"),
         (("--attention-levels", 2), "--attention-levels: expected numbers from 0 to 1"),
         (("--size", 18), "--size 18: expected a multiple of 4"),
-        (("--size", 20, "--grow-at", 1), "--size 20: expected a multiple of 8"),
+        (("--sizes", 2, "--predict", "eps"), "--sizes 2: more than one needs --predict v"),
+        (("--sizes", 3), "--sizes 3: more than one needs"),
         (("--latent-scale", 0), "--latent-scale 0.0: must be more than 0"),
         (("--guide-above", -1), "--guide-above -1.0: must be at least 0"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be at most 1"),
