@@ -81,7 +81,7 @@ class Settings:
     data: str = setting("letters", "images to train on, see data.open_set", path=True, resume=True)
     out: str = setting("runs/letters", "run folder", resume=True)
     model: str = setting(
-        "auto", "auto = thesis on a large GPU", choices=("auto", "small", "thesis")
+        "auto", "auto = thesis if a GPU does it in a day", choices=("auto", "small", "thesis")
     )
     updates: int = setting(20_000, "updates to train", above=0, resume=True)
     batch: int = setting(512, "images per update, of all processes together", above=0)
@@ -376,19 +376,10 @@ def parse(arguments=None):
     return stage, typed, resume
 
 
-LARGE_GPU = 20 * 2**30  # bytes from which on the thesis's sizes are the default
-
-
 def new_settings(Kind, typed):
     """The settings of a new run: typed, else given by another model, else those of the size."""
-    device, size = typed.get("device", "auto"), typed.get("model", "auto")
+    device, size = typed.get("device", "auto"), typed.get("model", "small")
     device = data.check_device(data.best_device() if device == "auto" else device)
-    if size == "auto":
-        gpu = torch.device(device).type == "cuda"
-        large = gpu and torch.cuda.get_device_properties(device).total_memory > LARGE_GPU
-        size, other = ("thesis", "small") if large else ("small", "thesis")
-        why = f"{'a' if large else 'no'} GPU with more than {LARGE_GPU / 2**30:.0f} GiB here"
-        print(f"--model {size}: {why}; --model {other} is the other one (see --help)")
     values = (SMALL[Kind] if size == "small" else {}) | typed | {"device": device, "model": size}
     for name, value in Kind(**values).given().items():
         if typed.get(name, value) != value:
@@ -1426,11 +1417,27 @@ class Interruption:
             signal.signal(number, handler)
 
 
+def update(player, n, settings, autocast):
+    """Update n of a network. Returns its loss and the norm of its gradient."""
+    s, R, total = settings, world(), 0.0
+    for i in range(s.accumulate):  # gradient accumulation
+        part = slice(i * R + rank(), None, s.accumulate * R)
+        with unsynchronised(player.loss, last=i == s.accumulate - 1):
+            with autocast:
+                loss = player.loss(n, part) / s.accumulate
+            loss.backward()
+        total = total + loss.detach()
+    norm = whole(torch.nn.utils.clip_grad_norm_(player.parameters, s.clip))
+    player.optimizer.param_groups[0]["lr"] = learning_rate(s, n)
+    player.optimizer.step()
+    player.optimizer.zero_grad()
+    return total, norm
+
+
 def loop(stage, players, ema, log, out, progress):
     """Train from update progress["update"] on. Returns the signal that stopped it; 0 = finished."""
-    s, done, stopping, R = stage.settings, progress["update"], 0, world()
+    s, done, stopping = stage.settings, progress["update"], 0
     autocast, stop = mixed_precision(s), Interruption()
-    parts = [slice(i * R + rank(), None, s.accumulate * R) for i in range(s.accumulate)]
     bar = tqdm(total=s.updates, initial=done, unit="update", disable=True if rank() else None)
     clock = time.perf_counter() - progress["seconds"]
 
@@ -1439,20 +1446,9 @@ def loop(stage, players, ema, log, out, progress):
 
     for n in range(done, s.updates):
         for player in players:  # one; a VQ-GAN has two
-            if n < player.start:
-                continue
-            total = 0.0
-            for part in parts:  # gradient accumulation
-                with unsynchronised(player.loss, last=part is parts[-1]):
-                    with autocast:
-                        loss = player.loss(n, part) / s.accumulate
-                    loss.backward()
-                total = total + loss.detach()
-            norm = whole(torch.nn.utils.clip_grad_norm_(player.parameters, s.clip))
-            player.optimizer.param_groups[0]["lr"] = learning_rate(s, n)
-            player.optimizer.step()
-            player.optimizer.zero_grad()
-            log.add({f"{player.name}_loss": total, f"{player.name}_grad_norm": norm})
+            if n >= player.start:
+                loss, norm = update(player, n, s, autocast)
+                log.add({f"{player.name}_loss": loss, f"{player.name}_grad_norm": norm})
         log.add(stage.figures)
         ema.update(n + 1)
         bar.update()
@@ -1516,6 +1512,58 @@ def previews(stage, ema, out, update):
     return row
 
 
+def choose_size(name, typed):
+    """--model auto: the thesis's size if a GPU can train it within a day, else the small one."""
+    Kind, reason = STAGES[name].Settings, "no NVIDIA or AMD GPU here"
+    device = typed.get("device", "auto")
+    device = data.check_device(data.best_device() if device == "auto" else device)
+    for size in ("thesis", "small") if device.startswith("cuda") else ("small",):
+        try:
+            with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: SIM115  say it once
+                s = new_settings(Kind, typed | {"model": size})
+                seconds = seconds_per_update(name, s)
+        except torch.OutOfMemoryError:
+            reason = "the thesis's batch does not fit into this GPU"
+            torch.cuda.empty_cache()
+            continue
+        hours = seconds * s.updates / 3600
+        if size == "small" or hours <= 24:
+            break
+        reason = f"the thesis's would take {hours:.0f} hours here"
+    why = reason if size == "small" else "it fits into this GPU"
+    other = {"small": "thesis", "thesis": "small"}[size]
+    length = f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} min"
+    print(
+        f"--model {size}: {why}; its {s.updates:,} updates take about {length}. "
+        f"--model {other} is the other one (see --help)"
+    )
+    return size
+
+
+def seconds_per_update(name, settings, updates=2):
+    """The time of some updates of a new run, after one that does not count."""
+    stage = STAGES[name](settings)
+    stage.start(resumed=False)
+    players, ema = ready(stage)
+    for n in range(1 + updates):
+        if n == 1:
+            start = time.perf_counter()
+        losses = [update(player, n, settings, mixed_precision(settings))[0] for player in players]
+        ema.update(n + 1)
+        sum(losses).item()  # waits for a GPU
+    return mean_across((time.perf_counter() - start) / updates).item()
+
+
+def ready(stage):
+    """The players of a stage, with optimisers and spread over the processes, and its average."""
+    players = stage.players()
+    parallel(players, stage.settings)
+    for player in players:
+        player.parameters = [p for p in player.network.parameters() if p.requires_grad]
+        player.optimizer = make_optimizer(player, stage.settings)
+    return players, EMA(stage.model, stage.settings.ema)
+
+
 def train(name, typed, resume):
     """A run of a stage, from its beginning or, with `resume`, from its newest checkpoint."""
     Kind = STAGES[name].Settings
@@ -1529,9 +1577,11 @@ def train(name, typed, resume):
         if checkpoints(out) or (out / "model.pt").exists():
             raise UserError(f"{out} holds a run: --resume continues it, --out DIR begins another")
         progress = {"stage": name, "update": 0, "run": 0, "seconds": 0.0, "best": math.inf}
+        if typed.setdefault("model", "auto") == "auto":
+            typed = typed | {"model": choose_size(name, typed)}
         s = new_settings(Kind, typed)
     stage = STAGES[name](s)
-    players, fingerprint = stage.players(), stage.data.fingerprint()
+    fingerprint = stage.data.fingerprint()
     if progress.setdefault("data", fingerprint) != fingerprint:
         raise UserError(f"--data {s.data}: not the images with which this run began")
     if resume:
@@ -1539,11 +1589,7 @@ def train(name, typed, resume):
     else:
         progress["held_out"] = stage.held_out.tolist()
         stage.start(resumed=False)
-    parallel(players, s)
-    for player in players:
-        player.parameters = [p for p in player.network.parameters() if p.requires_grad]
-        player.optimizer = make_optimizer(player, s)
-    ema = EMA(stage.model, s.ema)
+    players, ema = ready(stage)
     if resume:
         load_tensors(players, ema, stage, progress.pop("names"), tensors)
         stage.start(resumed=True)

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -672,20 +671,60 @@ def test_a14_a_preview_has_at_most_forty_labels(tmp_path, monkeypatch):
     assert Image.open(tmp_path / "grid.png").height < 2 * 41 * 34 + 10
 
 
-def test_a7_the_small_model_unless_the_gpu_is_large(monkeypatch, capsys):
-    monkeypatch.setattr(train.data, "check_device", lambda device: device.split(":")[0])
+@pytest.mark.parametrize(
+    "device, memory, speed, size, line",
+    [
+        ("cpu", 0, 1.0, "small", "no NVIDIA or AMD GPU here; its 3,000 updates take about 50 min."),
+        ("mps", 0, 0.1, "small", "no NVIDIA or AMD GPU here; its 3,000 updates take about 5 min."),
+        (
+            "cuda",
+            4,
+            0.05,
+            "small",
+            "does not fit into this GPU; its 3,000 updates take about 2 min.",
+        ),
+        ("cuda", 24, 5.0, "small", "the thesis's would take 28 hours here; its 3,000"),
+        ("cuda:0", 24, 0.9, "thesis", "it fits into this GPU; its 20,000 updates take about 5.0 h"),
+        ("cuda:1", 80, 0.2, "thesis", "it fits into this GPU; its 20,000 updates take about 1.1 h"),
+    ],
+)
+def test_the_thesis_s_size_if_it_fits_and_ends_within_a_day(
+    monkeypatch, capsys, device, memory, speed, size, line
+):
+    def seconds(name, settings):
+        if memory * 2**30 < 10 * 2**20 * settings.batch:  # as if an image needed 10 MiB
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return speed
+
+    monkeypatch.setattr(train.data, "check_device", lambda device: device)
     monkeypatch.setattr(train, "settle", lambda settings: settings)
-    for device, memory, size in (
-        ("cpu", 0, "small"),
-        ("mps", 0, "small"),
-        ("cuda", 6, "small"),
-        ("cuda:0", 24, "thesis"),
-    ):
-        gpu = SimpleNamespace(total_memory=memory * 2**30)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, gpu=gpu: gpu)
-        s = train.new_settings(Letters, {"device": device})
-        assert (s.model, s.batch) == (size, 512 if size == "thesis" else 32)
-        assert f"--model {size}: " in capsys.readouterr().out
+    if device in ("cpu", "mps"):
+        monkeypatch.setattr(train, "seconds_per_update", lambda name, settings: speed)
+    else:
+        monkeypatch.setattr(train, "seconds_per_update", seconds)
+    assert train.choose_size("letters", {"device": device}) == size
+    out = capsys.readouterr().out
+    assert out.startswith(f"--model {size}: ") and line in out and out.count("\n") == 1
+
+
+def test_the_chosen_run_is_that_of_the_size_typed_and_its_time_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    """The updates that are timed leave no trace: same weights, and nothing is printed twice."""
+    seen, measure = [], train.seconds_per_update
+    monkeypatch.setattr(
+        train, "seconds_per_update", lambda *a: seen.append(measure(*a)) or seen[-1]
+    )
+    tiny = {"device": "cpu", "precision": "float32", "channels": 16, "multipliers": (1, 1)}
+    tiny |= {"updates": 2, "batch": 4, "overfit": 27, "T": 2}
+    lines = {}
+    for size in ("auto", "small"):
+        train.train("letters", tiny | {"model": size, "out": str(tmp_path / size)}, resume=False)
+        lines[size] = capsys.readouterr().out.replace(f"/{size}", "").splitlines()
+    assert len(seen) == 1 and 0 < seen[0] < 60
+    assert lines["auto"][0].startswith("--model small: ") and lines["auto"][1:] == lines["small"]
+    one, two = (newest_checkpoint(tmp_path / size)[1] for size in ("auto", "small"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a5_latents_that_predict_eps_refuse_the_cosine_schedule(refused, tmp_path):
