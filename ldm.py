@@ -382,16 +382,16 @@ def build_first_stage(settings):
     return model.to(memory_format=torch.channels_last)
 
 
-def build_latent_unet(settings, z_channels, level):
-    """The U-Net of the latent model for a 2^level-th of the side: it lacks the upper levels."""
-    attention = settings["attention_levels"]
-    if attention is not None:
-        attention = [i - level for i in attention if i >= level]
-    names = ("channels", "blocks", "context_channels", "groups")
-    sizes = {name: settings[name] for name in names}
-    multipliers = tuple(settings["multipliers"][level:])
+def build_unet_of_level(settings, z_channels, level):
+    """The U-Net of the latent model for a 2^level-th of the side, see `Pyramid`. It has attention
+    on pictures of the same side as the largest one, and on smaller ones."""
+    channels = (settings["channels"], *settings.get("pyramid", ()))[level]
+    multipliers, attention = tuple(settings["multipliers"]), settings["attention_levels"]
+    if level and attention:
+        attention = [i for i in range(len(multipliers)) if i + level >= min(attention)]
+    others = {name: settings[name] for name in ("blocks", "context_channels", "groups")}
     return latent_unet(
-        multipliers=multipliers, z_channels=z_channels, attention_levels=attention, **sizes
+        channels, multipliers, z_channels=z_channels, attention_levels=attention, **others
     )
 
 
@@ -400,9 +400,9 @@ def build_latent(settings, classes):
     first_stage = build_first_stage(settings["first_stage_settings"])
     z_channels, side = first_stage.z_channels, settings["size"] // first_stage.factor
     beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (z_channels, side, side)
-    sizes = settings.get("sizes", 1)  # older files and published ones have one
-    unets = [build_latent_unet(settings, z_channels, level) for level in range(sizes)]
-    unet = Pyramid(unets, Diffusion(beta)) if sizes > 1 else unets[0]
+    levels = range(1 + len(settings.get("pyramid", ())))  # older and published files have one
+    unets = [build_unet_of_level(settings, z_channels, level) for level in levels]
+    unet = Pyramid(unets, Diffusion(beta)) if len(unets) > 1 else unets[0]
     if settings.get("condition") == "palette":  # not in older files
         Model, colours = PaletteDiffusion, [COLOURS[name] for name in classes]
         context = PaletteTokens(colours, settings["context_channels"])

@@ -291,7 +291,9 @@ class Latent(Diffusion):
         None, "factor (default: 1 for a published first stage, else 1/std)", kind=float, above=0
     )
     guide_above: float = setting(0.0, "guide above this noise only, see sample.py", least=0)
-    sizes: int = setting(1, "U-Nets, each for half the side of the one before", above=0)
+    pyramid: tuple = setting(
+        (), "channels of more U-Nets, each for half the side of the one before", kind=int, nargs="*"
+    )
     checkpoint_activations: bool = setting(False, "compute them twice: less memory", resume=True)
     cpu_offload: bool = setting(False, "fsdp: the CPU holds the weights (E59)", resume=True)
     first_stage_settings: dict | None = None  # no flag: the first stage's file decides
@@ -307,7 +309,7 @@ class Latent(Diffusion):
         names = "channels multipliers blocks attention_levels groups context_channels predict "
         names += "schedule T latent_scale"
         found = {name: model.settings[name] for name in names.split()}
-        found["sizes"] = model.settings.get("sizes", 1)
+        found["pyramid"] = model.settings.get("pyramid", ())
         return found | {"guide_above": model.guide_above, "first_stage": None}
 
     def complete(self):
@@ -316,10 +318,10 @@ class Latent(Diffusion):
             raise UserError(
                 "--schedule cosine: latents need --predict v, their eps cannot be clipped"
             )
-        if self.sizes > 1 and self.predict != "v" or self.sizes > len(self.multipliers):
-            raise UserError(
-                f"--sizes {self.sizes}: more than one needs --predict v and as many --multipliers"
-            )
+        if self.pyramid and self.predict != "v":
+            raise UserError(f"--predict {self.predict}: --pyramid needs v")
+        if any(channels < 1 or channels % self.multiple for channels in self.pyramid):
+            raise UserError(f"--pyramid {self.pyramid}: needs multiples of {self.multiple}")
         several = dist.is_initialized() and self.strategy == "fsdp"
         if self.cpu_offload and not several or self.compile and several:
             raise UserError(
@@ -665,7 +667,7 @@ class LatentStage(DiffusionStage):
                     s.latent_scale = s.latent_scale or 1.0
                 s.first_stage_settings = first_stage.settings
             s.size = s.size or s.first_stage_settings["size"]
-        levels = len(s.first_stage_settings["multipliers"]) + len(s.multipliers)
+        levels = len(s.first_stage_settings["multipliers"]) + len(s.multipliers) + len(s.pyramid)
         divisor = 2 ** (levels - 2)
         if s.size % divisor:
             raise UserError(f"--size {s.size}: expected a multiple of {divisor}")
@@ -704,12 +706,12 @@ class LatentStage(DiffusionStage):
         self.model.mean.copy_(torch.from_numpy(np.stack(means)) * s.latent_scale)
         print(f"latents {z.shape[1:]}: mean {mean:.3f}, deviation {deviation:.3f}, ", end="")
         print(f"scaled by {s.latent_scale:.3f}")
-        if s.sizes > 1:
+        if s.pyramid:
             some = torch.from_numpy(z[spread(np.arange(len(z)), 1000)]) * s.latent_scale
             self.model.unet.divide(some.to(s.device))
             self.levels = self.model.unet.level.cpu()
-            steps = torch.bincount(self.levels, minlength=s.sizes).tolist()
-            sides = [self.model.shape[1] >> level for level in range(s.sizes)]
+            steps = torch.bincount(self.levels, minlength=1 + len(s.pyramid)).tolist()
+            sides = [self.model.shape[1] >> level for level in range(len(steps))]
             print(f"U-Nets for latents with sides of {sides}: they see {steps} steps of t")
 
     def conditions(self, rows):
@@ -721,9 +723,9 @@ class LatentStage(DiffusionStage):
         return ldm.told_colours(y, self.settings.p_uncond, u)
 
     def times(self, draw):
-        """With --sizes, an update trains one U-Net, at the t that this one sees."""
+        """With --pyramid, an update trains one U-Net, at the t that this one sees."""
         s, p = self.settings, torch.ones(self.settings.T)
-        if s.sizes == 1:
+        if not s.pyramid:
             return super().times(draw)
         if s.log_snr is not None:
             p = self.model.diffusion.times_around(s.log_snr).float()
@@ -732,7 +734,7 @@ class LatentStage(DiffusionStage):
         return 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
 
     def players(self):
-        return [Player("train", self.model, self.loss, idle=self.settings.sizes > 1)]
+        return [Player("train", self.model, self.loss, idle=bool(self.settings.pyramid))]
 
 
 def open_first_stage(run):

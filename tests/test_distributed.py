@@ -99,7 +99,7 @@ VQGAN = (
     0,
 )
 VQGAN += ("--quantise-from", 2, "--disc-start", 3, "--disc-channels", 8)
-SIZES = (*LDM, "--sizes", 2, "--predict", "v", "--multipliers", 1, 1)
+PYRAMID = (*LDM, "--pyramid", 32, "--predict", "v")
 
 PLAN = {  # name: the stage and its flags
     "ddp": (*LDM, "--strategy", "ddp"),
@@ -112,11 +112,11 @@ PLAN = {  # name: the stage and its flags
     "letters-ddp": LETTERS,
     "muon-ddp": (*LETTERS, "--optimizer", "muon"),
     "vqgan-ddp": VQGAN,
-    "sizes-ddp": (*SIZES, "--strategy", "ddp", "--optimizer", "muon"),
-    "sizes-fsdp": (*SIZES, "--strategy", "fsdp"),
+    "pyramid-ddp": (*PYRAMID, "--strategy", "ddp", "--optimizer", "muon"),
+    "pyramid-fsdp": (*PYRAMID, "--strategy", "fsdp"),
 }
 SINGLE = {"single": LDM, "letters": LETTERS, "vqgan": VQGAN}
-SINGLE |= {"muon": PLAN["muon-ddp"], "sizes-muon": PLAN["sizes-ddp"], "sizes": SIZES}
+SINGLE |= {"muon": PLAN["muon-ddp"], "pyramid-muon": PLAN["pyramid-ddp"], "pyramid": PYRAMID}
 
 
 def run_until(name, arguments, data, out, stop=None, resume=False):
@@ -325,7 +325,7 @@ def test_processes_that_share_the_products_of_muon_make_the_same_steps(runs):
     assert (muon[1:] != curve(runs / "letters", *CURVES)[1:]).all()
 
 
-@pytest.mark.parametrize("one, two", [("sizes-muon", "sizes-ddp"), ("sizes", "sizes-fsdp")])
+@pytest.mark.parametrize("one, two", [("pyramid-muon", "pyramid-ddp"), ("pyramid", "pyramid-fsdp")])
 def test_idle_u_nets_do_not_disturb_the_processes(runs, one, two):
     np.testing.assert_allclose(curve(runs / two, *CURVES), curve(runs / one, *CURVES), rtol=1e-4)
 

@@ -254,7 +254,7 @@ def test_an_example_is_the_latent_of_a_random_view(folder, first_stage):
 
 # ------------------------------------------------------------------------- U-Nets of several sizes
 
-PYRAMID = {"sizes": 2, "predict": "v"}
+PYRAMID = {"pyramid": (32,), "predict": "v"}
 
 
 def pyramid(levels, **changes):
@@ -283,7 +283,7 @@ class BestV(torch.nn.Module):
 @pytest.mark.parametrize("level, k", [(0, 1), (1, 2), (2, 4)])
 def test_a_pyramid_predicts_the_posterior_mean_of_pictures_without_details(level, k):
     """x_0 = repeat_k(m), m ~ N(0, 1): E[m | x_t] = sqrt(a) mean_k(x_t) / (a + (1 - a) / k^2)."""
-    model = pyramid([(level, 1000)], sizes=3, multipliers=(1, 1, 1), size=32)
+    model = pyramid([(level, 1000)], pyramid=(32, 32), size=32)
     a_t = model.diffusion.alpha_bar[1:]
 
     def of_the_mean(t):  # SNR of the mean of k^2: k^2 times as high
@@ -321,7 +321,7 @@ def test_every_row_goes_to_the_u_net_of_its_t():
 
 def test_details_are_drowned_where_they_deviate_a_third_as_much_as_the_noise():
     """Latents of independent Gaussians: of means, details of deviation d_k, noise of 1 / 2^k."""
-    model = tiny(**PYRAMID | {"sizes": 3, "multipliers": (1, 1, 1), "size": 256})
+    model = tiny(**PYRAMID | {"pyramid": (32, 32), "size": 256})
     coarse, fine = 0.6 * randn(400, 4, 16, 16), 0.2 * randn(400, 4, 32, 32, seed=1)
     z = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3) + fine
     model.unet.divide(z)
@@ -362,11 +362,11 @@ def test_an_update_of_a_pyramid_trains_one_u_net_at_its_t(folder, first_stage):
     assert len(set(found[:8])) == 2
 
 
-def test_the_smaller_u_net_lacks_the_upper_level():
-    model = tiny(**PYRAMID | {"multipliers": (1, 2, 4), "attention_levels": (0, 2), "sizes": 3})
-    expected = [((1, 2, 4), (0, 2)), ((2, 4), (1,)), ((4,), (0,))]
-    for unet, (multipliers, levels) in zip(model.unet.unets, expected):
-        same = latent_unet(32, multipliers, 1, 4, 12, levels, 2)
+def test_smaller_u_nets_have_attention_where_the_largest_has_it_and_below():
+    model = tiny(pyramid=(64, 96), predict="v", multipliers=(1, 2, 1), attention_levels=(1,))
+    expected = [(32, (1,)), (64, (0, 1, 2)), (96, (0, 1, 2))]
+    for unet, (channels, levels) in zip(model.unet.unets, expected):
+        same = latent_unet(channels, (1, 2, 1), 1, 4, 12, levels, 2)
         shapes = {name: value.shape for name, value in same.state_dict().items()}
         assert {name: value.shape for name, value in unet.state_dict().items()} == shapes
 
@@ -532,8 +532,9 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(
         (("--groups", 3), "--groups 3: must divide --channels 32"),
         (("--attention-levels", 2), "--attention-levels: expected numbers from 0 to 1"),
         (("--size", 18), "--size 18: expected a multiple of 4"),
-        (("--sizes", 2, "--predict", "eps"), "--sizes 2: more than one needs --predict v"),
-        (("--sizes", 3), "--sizes 3: more than one needs"),
+        (("--pyramid", 32, "--predict", "eps"), "--predict eps: --pyramid needs v"),
+        (("--pyramid", 40), "--pyramid (40,): needs multiples of 32"),
+        (("--pyramid", 32, "--size", 20), "--size 20: expected a multiple of 8"),
         (("--latent-scale", 0), "--latent-scale 0.0: must be more than 0"),
         (("--guide-above", -1), "--guide-above -1.0: must be at least 0"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be at most 1"),

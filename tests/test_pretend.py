@@ -100,7 +100,7 @@ def test_first_stages_train_on_it(gpu, tmp_path, more):
     "more",
     [
         "--predict v --precision bf16",
-        "--precision float32 --sizes 2 --log-snr -2 --optimizer muon --checkpoint-activations",
+        "--precision float32 --pyramid 32 --log-snr -2 --optimizer muon --checkpoint-activations",
         "--condition palette --views 8 --precision bf16",
     ],
 )
