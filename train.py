@@ -192,7 +192,9 @@ class FirstStage(Settings):
     out: str = "runs/vqgan"
     init: str | None = setting(None, "run or published weights to start from", kind=str, path=True)
     size: int = setting(256, "pixels per side that images are brought to", above=0)
-    crop: int | None = setting(None, "train on squares (default: whole images)", kind=int, above=0)
+    crop: int | None = setting(
+        None, "train on squares (default: whole images; small model: at most 64)", kind=int, above=0
+    )
     updates: int = 100_000
     batch: int = 8
     accumulate: int = field(default=1, metadata={"flag": None})  # lambda needs the whole batch
@@ -212,7 +214,9 @@ class FirstStage(Settings):
     released: bool = setting(False, "beta on the code-book loss, as in the published code (E14)")
     quantise_from: int | None = setting(None, "(default: updates / 6, at most 1000)", kind=int)
     reseed: bool | None = setting(None, "move unused codes (default: unless --init)")
-    equivariant: bool = setting(False, "see `equivariant_change`; not for vq")
+    equivariant: bool | None = setting(
+        None, "see `equivariant_change`; not for vq (default: small model)"
+    )
     kl_weight: float = setting(1e-4, "weight of the KL term of a VAE (eq. 3.1)", least=0)
     perceptual: float | None = setting(None, "its weight (default: 1 if it is there)", kind=float)
     perceptual_files: str | None = setting(None, "folder of its weights", kind=str, path=True)
@@ -246,7 +250,10 @@ class FirstStage(Settings):
         return found
 
     def complete(self):
-        self.crop = self.crop or self.size
+        small = self.model == "small"
+        self.crop = self.crop or (min(self.size, 64) if small else self.size)
+        if self.equivariant is None:
+            self.equivariant = small and self.bottleneck != "vq" and not self.init
         self.reseed = not self.init if self.reseed is None else self.reseed
         if self.disc_start is None:
             self.disc_start = min(self.updates // 2, 10_000)
@@ -335,10 +342,13 @@ SMALL = {
                   predict="v"),
     Classifier: dict(updates=1000, batch=64, lr=1e-3, channels=32, multipliers=(1, 2, 3, 4),
                      ema=0.998),
-    FirstStage: dict(updates=7000, lr=1e-3, channels=16, multipliers=(1, 2, 4), ema=0.995, size=64,
-                     codes=512, blocks=1, attention_levels=(), groups=1, disc_channels=32),
-    Latent: dict(updates=6000, batch=32, lr=1e-3, channels=32, ema=0.998, predict="v", blocks=1,
-                 groups=2, guide_above=8.0),
+    FirstStage: dict(updates=4000, lr=3e-4, optimizer="muon", views=8, channels=16, ema=0.995,
+                     multipliers=(1, 2, 4, 4), blocks=1, attention_levels=(), groups=1,
+                     bottleneck="kl", kl_weight=1e-3, codes=512, adversarial=0.0, disc_channels=32),
+    Latent: dict(updates=4000, batch=32, lr=2e-3, optimizer="muon", views=8, strategy="ddp",
+                 channels=64, multipliers=(1, 1), pyramid=(64, 96), blocks=1, groups=4,
+                 attention_levels=(1,), context_channels=128, ema=0.999, predict="v",
+                 schedule="linear", log_snr=-2.5, p_uncond=0.1),
 }
 # fmt: on
 
@@ -723,14 +733,15 @@ class LatentStage(DiffusionStage):
         return ldm.told_colours(y, self.settings.p_uncond, u)
 
     def times(self, draw):
-        """With --pyramid, an update trains one U-Net, at the t that this one sees."""
+        """With --pyramid, an update trains one U-Net, at the t that it sees. All get as many."""
         s, p = self.settings, torch.ones(self.settings.T)
         if not s.pyramid:
             return super().times(draw)
         if s.log_snr is not None:
             p = self.model.diffusion.times_around(s.log_snr).float()
-        one = torch.multinomial(p, 1, generator=draw)
-        p = p * (self.levels == self.levels[one])
+        levels = self.levels.unique()
+        one = levels[torch.randint(len(levels), (), generator=draw)]
+        p = p * (self.levels == one)
         return 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
 
     def players(self):
@@ -1546,13 +1557,13 @@ def seconds_per_update(name, settings, updates=2):
     """The time of some updates of a new run, after one that does not count."""
     stage = STAGES[name](settings)
     stage.start(resumed=False)
-    players, ema = ready(stage)
+    players, average = ready(stage)  # the average needs memory, too
     for n in range(1 + updates):
         if n == 1:
             start = time.perf_counter()
         losses = [update(player, n, settings, mixed_precision(settings))[0] for player in players]
-        ema.update(n + 1)
         sum(losses).item()  # waits for a GPU
+    del average
     return mean_across((time.perf_counter() - start) / updates).item()
 
 

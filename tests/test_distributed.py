@@ -39,67 +39,16 @@ FIRST |= {
     "size": 16,
     "quantise_from": 0,
 }
-COMMON = (
-    "--device",
-    "cpu",
-    "--precision",
-    "float32",
-    "--updates",
-    6,
-    "--validate-every",
-    2,
-    "--save-every",
-    50,
-)
-COMMON += ("--preview-every", 50, "--seed", 3, "--batch", 4)
-LDM = (
-    "--stage",
-    "ldm",
-    *COMMON,
-    "--multipliers",
-    1,
-    1,
-    "--context-channels",
-    16,
-    "--T",
-    2,
-    "--model",
-    "small",
-    "--warmup",
-    3,
-)
-LETTERS = (
-    "--stage",
-    "letters",
-    *COMMON,
-    "--channels",
-    16,
-    "--multipliers",
-    1,
-    1,
-    "--overfit",
-    27,
-    "--T",
-    2,
-)
-VQGAN = (
-    "--stage",
-    "vqgan",
-    *COMMON,
-    "--channels",
-    8,
-    "--multipliers",
-    1,
-    2,
-    "--size",
-    16,
-    "--codes",
-    16,
-    "--perceptual",
-    0,
-)
-VQGAN += ("--quantise-from", 2, "--disc-start", 3, "--disc-channels", 8)
-PYRAMID = (*LDM, "--pyramid", 32, "--predict", "v")
+COMMON = "--model thesis --device cpu --precision float32 --updates 6 --validate-every 2"
+COMMON += " --save-every 50 --preview-every 50 --seed 3 --batch 4 --lr 1e-3 --ema 0.998 --blocks 1"
+LDM = f"--stage ldm {COMMON} --channels 32 --multipliers 1 1 --groups 2 --context-channels 16"
+LDM = f"{LDM} --T 2 --warmup 3 --predict v".split()
+LETTERS = f"--stage letters {COMMON} --channels 16 --multipliers 1 1 --overfit 27 --T 2".split()
+LETTERS += ["--predict", "v"]
+VQGAN = f"--stage vqgan {COMMON} --channels 8 --multipliers 1 2 --size 16 --codes 16 --groups 1"
+VQGAN = f"{VQGAN} --perceptual 0 --quantise-from 2 --disc-start 3 --disc-channels 8".split()
+VQGAN.append("--attention-levels")  # none
+PYRAMID = (*LDM, "--pyramid", 32)
 
 PLAN = {  # name: the stage and its flags
     "ddp": (*LDM, "--strategy", "ddp"),

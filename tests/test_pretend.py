@@ -77,9 +77,9 @@ def test_letters_train_on_it(gpu, tmp_path, more):
     assert (tmp_path / "run" / "grid.png").exists()
 
 
-FIRST = "--stage vqgan --model small --channels 8 --multipliers 1 2 --batch 4 --codes 8"
-FIRST += " --data letters --updates 3 --overfit 8 --validate-every 3 --preview-every 3 --groups 2"
-FIRST += " --disc-channels 8 --quantise-from 1 --disc-start 1"
+FIRST = "--stage vqgan --model thesis --blocks 1 --attention-levels --channels 8 --multipliers 1 2"
+FIRST += " --batch 4 --codes 8 --data letters --updates 3 --overfit 8 --validate-every 3"
+FIRST += " --preview-every 3 --groups 2 --disc-channels 8 --quantise-from 1 --disc-start 1"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_first_stages_train_on_it(gpu, tmp_path, more):
 )
 def test_the_latent_model_trains_on_it(gpu, folder, first_stage, tmp_path, more):
     words = [*map(str, ARGUMENTS), "--data", str(folder), "--first-stage", str(first_stage)]
-    words += [*more.split(), "--model", "small", "--device", gpu.pretended]
+    words += [*more.split(), "--device", gpu.pretended]
     train.train(*train.parse([*words, "--updates", "2", "--out", str(tmp_path / "run")]))
 
 
@@ -155,7 +155,7 @@ def test_an_update_does_not_wait_for_it(monkeypatch, folder, first_stage, tmp_pa
         "vqgan": f"{FIRST} --bottleneck vq".split(),
         "ldm": ARGUMENTS,
     }[stage]
-    words = [*map(str, words), "--model", "small", "--device", "cuda", "--precision", "float32"]
+    words = [*map(str, words), "--device", "cuda", "--precision", "float32"]
     if stage == "ldm":
         words += ["--data", str(folder), "--first-stage", str(first_stage)]
     waits = []

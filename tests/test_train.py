@@ -23,7 +23,7 @@ from train import EMA, Letters, LettersStage, Log, learning_rate, settle
 from vqgan import PerceptualLoss
 
 TINY = ("--stage", "letters", "--device", "cpu", "--precision", "float32", "--batch", 8)
-TINY += ("--channels", 16)
+TINY += ("--channels", 16, "--model", "small")
 SMALL = (*TINY, "--multipliers", 1, 1, "--T", 5, "--overfit", 32)
 OFTEN = ("--save-every", 4, "--validate-every", 4, "--preview-every", 100)
 SHORT = (*SMALL, "--updates", 12, *OFTEN)
@@ -639,7 +639,7 @@ def test_bad_flags_are_one_clear_line(refused, tmp_path, monkeypatch, arguments,
 def test_help_shows_the_value_of_every_setting_of_both_sizes(run):
     code, text, _ = run("train", "--stage", "ldm", "--help")
     text = " ".join(text.split())
-    for words in ("(default 6.4e-05; small model 0.001)", "(default 88000; small model 6000)"):
+    for words in ("(default 6.4e-05; small model 0.002)", "(default 88000; small model 4000)"):
         assert code == 0 and words in text
 
 

@@ -474,7 +474,8 @@ def folder(tmp_path):
 
 SMALL = {"channels": 8, "multipliers": (1, 2), "size": 32, "crop": 16, "codes": 32, "batch": 4}
 SMALL |= {"disc_channels": 8, "disc_start": 0, "quantise_from": 0, "perceptual": 0.0}
-MACHINE = {"model": "small", "device": "cpu", "precision": "float32"}
+SMALL |= {"blocks": 1, "attention_levels": (), "groups": 1, "lr": 1e-3, "ema": 0.995}
+MACHINE = {"model": "thesis", "device": "cpu", "precision": "float32"}
 
 
 def stage(folder, **changes):
@@ -608,6 +609,8 @@ def test_each_bottleneck_learns(folder, bottleneck):
 ARGUMENTS = ("--stage", "vqgan", "--device", "cpu", "--precision", "float32", "--channels", 8)
 ARGUMENTS += ("--multipliers", 1, 2, "--size", 16, "--codes", 16, "--batch", 4, "--updates", 8)
 ARGUMENTS += ("--disc-channels", 8, "--disc-start", 4, "--quantise-from", 2, "--perceptual", 0)
+ARGUMENTS += ("--model", "thesis", "--blocks", 1, "--groups", 1, "--lr", 1e-3, "--ema", 0.995)
+ARGUMENTS += ("--attention-levels",)  # none
 ARGUMENTS += ("--save-every", 4, "--validate-every", 4, "--preview-every", 4)
 
 
