@@ -831,7 +831,8 @@ def open_models(args, device):
         raise UserError("--size: this model draws pixels, of the size it was trained with")
     if args.size:
         factor = model.first_stage.factor
-        multiple = factor * 2 ** (len(model.settings["multipliers"]) - 1)  # halvings of the U-Net
+        halvings = len(model.settings["multipliers"]) - 1 + len(model.settings.get("pyramid", ()))
+        multiple = factor * 2**halvings
         if args.size % multiple:
             raise UserError(f"--size {args.size}: expected a multiple of {multiple}")
         model.shape = model.shape[0], args.size // factor, args.size // factor

@@ -786,6 +786,31 @@ def test_published_models_and_ours_draw_at_other_sizes(
     assert "this model draws pixels" in refused("sample", "--run", tiny_model, "--size", 64)
 
 
+def test_a_pyramid_is_trained_saved_and_drawn_at_another_size(
+    run, refused, folder, first_stage, tmp_path
+):
+    how = (
+        "--data",
+        folder,
+        "--first-stage",
+        first_stage,
+        "--pyramid",
+        32,
+        "--out",
+        tmp_path / "run",
+    )
+    assert run("train", *ARGUMENTS, *how)[0] == 0
+    model = load_model(tmp_path / "run")
+    assert len(model.unet.unets) == 2 and set(model.unet.level.tolist()) <= {0, 1}
+    draw = ("sample", "--run", tmp_path / "run", "--label", "blue", "--n", 2, "--steps", 2)
+    assert run(*draw, "--size", 32, "--sampler", "plms", "--out", tmp_path / "a.png")[0] == 0
+    assert "--size 20: expected a multiple of 8" in refused(*draw, "--size", 20)
+    tuned = stage(folder, None, init=str(tmp_path / "run"), size=16)
+    assert tuned.settings.pyramid == (32,)
+    raw = load_model(tmp_path / "run", "ema").unet.state_dict()
+    assert equal_tensors(tuned.model.unet.state_dict(), raw)
+
+
 def test_5_3_1_scales_side_by_side(run, refused, undisturbed, tmp_path):
     common = ("--run", undisturbed, "--steps", 2, "--out", tmp_path / "scales.png", "--scales", 1)
     code, text, err = run("sample", *common, 5, "--n", 3)
