@@ -39,6 +39,7 @@ SHORTER = (  # the first pattern that a command contains -> flags that make it s
     (r"--stage letters", f"{LETTERS} --T 2"),
     (r"--stage ldm$", LATENT),
     (r"--stage classifier", LETTERS),
+    (r"--stage vqgan(?!.*(--size|letters))", "--updates 2 --size 64"),  # also that of `--stage ldm`
     (r"--model thesis", f"{LATENT} --T 2 --channels 64 --batch 2 --size 64"),
     (r"--stage ldm", f"{LATENT} --T 2"),
     (r"train\.py", "--updates 2"),
