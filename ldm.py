@@ -143,10 +143,10 @@ class Pyramid(nn.Module):
         some images."""
         snr = self.alpha_bar / (1 - self.alpha_bar)
         self.level.zero_()
-        for k in range(len(self.unets) - 1):
-            small = F.avg_pool2d(z, 2)
+        for level in range(len(self.unets) - 1):
+            small = F.avg_pool2d(z, 2)  # one number of four is the mean, three are details
             details = (z - F.interpolate(small, scale_factor=2)).square().mean() * 4 / 3
-            self.level += (4**k * details * snr < drowned**2) & (self.level == k)
+            self.level += (4**level * details * snr < drowned**2) & (self.level == level)
             z = small
 
     def forward(self, x, t, context):
@@ -393,6 +393,14 @@ def build_unet_of_level(settings, z_channels, level):
     return latent_unet(
         channels, multipliers, z_channels=z_channels, attention_levels=attention, **others
     )
+
+
+def check_size(size, settings):
+    """UserError unless first stage, U-Net and pyramid can halve a side of `size` pixels."""
+    halvings = len(settings["first_stage_settings"]["multipliers"]) - 1
+    halvings += len(settings["multipliers"]) - 1 + len(settings.get("pyramid", ()))
+    if size % 2**halvings:
+        raise UserError(f"--size {size}: expected a multiple of {2**halvings}")
 
 
 def build_latent(settings, classes):

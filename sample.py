@@ -51,7 +51,7 @@ from fid import (
     psnr,
     variety,
 )
-from ldm import PaletteDiffusion, fingerprint, load_model, space_of
+from ldm import PaletteDiffusion, check_size, fingerprint, load_model, space_of
 from plots import grid, join, save
 
 # --------------------------------------------------------------------------------------------------
@@ -831,10 +831,7 @@ def open_models(args, device):
         raise UserError("--size: this model draws pixels, of the size it was trained with")
     if args.size:
         factor = model.first_stage.factor
-        halvings = len(model.settings["multipliers"]) - 1 + len(model.settings.get("pyramid", ()))
-        multiple = factor * 2**halvings
-        if args.size % multiple:
-            raise UserError(f"--size {args.size}: expected a multiple of {multiple}")
+        check_size(args.size, model.settings)
         model.shape = model.shape[0], args.size // factor, args.size // factor
     if args.guide_above is None:
         args.guide_above = model.guide_above

@@ -18,6 +18,7 @@ checkpoints, the loop.
 import argparse
 import contextlib
 import csv
+import io
 import math
 import operator
 import os
@@ -388,11 +389,16 @@ def parse(arguments=None):
     return stage, typed, resume
 
 
+def chosen_device(typed):
+    device = typed.get("device", "auto")
+    return data.check_device(data.best_device() if device == "auto" else device)
+
+
 def new_settings(Kind, typed):
     """The settings of a new run: typed, else given by another model, else those of the size."""
-    device, size = typed.get("device", "auto"), typed.get("model", "small")
-    device = data.check_device(data.best_device() if device == "auto" else device)
-    values = (SMALL[Kind] if size == "small" else {}) | typed | {"device": device, "model": size}
+    size = typed.get("model", "small")
+    decided = {"device": chosen_device(typed), "model": size}
+    values = (SMALL[Kind] if size == "small" else {}) | typed | decided
     for name, value in Kind(**values).given().items():
         if typed.get(name, value) != value:
             raise UserError(f"{option(name)} {typed[name]}: here it must be {value}; leave it out")
@@ -579,12 +585,15 @@ class DiffusionStage(Stage):
         """The labels that the network gets: some become the zero-label (4.4.3)."""
         return drop_labels(y, self.model.zero_label, self.settings.p_uncond, u)
 
-    def times(self, draw):
-        """t of the images of an update, (batch,): uniform on {1..T}, or around --log-snr."""
+    def times(self, draw, among=None):
+        """t of the images of an update, (batch,): uniform on {1..T}, or around --log-snr. among:
+        (T,), whether t = 1..T may be drawn; None = all."""
         s = self.settings
-        if s.log_snr is None:
+        if s.log_snr is None and among is None:
             return torch.randint(1, s.T + 1, (s.batch,), generator=draw)
-        p = self.model.diffusion.times_around(s.log_snr)
+        around = s.log_snr is not None
+        p = self.model.diffusion.times_around(s.log_snr) if around else torch.ones(s.T)
+        p = p if among is None else p * among
         return 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
 
     def loss(self, n, part=WHOLE):
@@ -677,10 +686,7 @@ class LatentStage(DiffusionStage):
                     s.latent_scale = s.latent_scale or 1.0
                 s.first_stage_settings = first_stage.settings
             s.size = s.size or s.first_stage_settings["size"]
-        levels = len(s.first_stage_settings["multipliers"]) + len(s.multipliers) + len(s.pyramid)
-        divisor = 2 ** (levels - 2)
-        if s.size % divisor:
-            raise UserError(f"--size {s.size}: expected a multiple of {divisor}")
+        ldm.check_size(s.size, asdict(s))
         super().__init__(s, s.size, "rgb")
         if s.condition == "palette" and not set(self.classes) <= set(data.COLOURS):
             raise UserError(f"--condition palette: the labels of {s.data} must be colours")
@@ -734,15 +740,11 @@ class LatentStage(DiffusionStage):
 
     def times(self, draw):
         """With --pyramid, an update trains one U-Net, at the t that it sees. All get as many."""
-        s, p = self.settings, torch.ones(self.settings.T)
-        if not s.pyramid:
+        if not self.settings.pyramid:
             return super().times(draw)
-        if s.log_snr is not None:
-            p = self.model.diffusion.times_around(s.log_snr).float()
         levels = self.levels.unique()
         one = levels[torch.randint(len(levels), (), generator=draw)]
-        p = p * (self.levels == one)
-        return 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
+        return super().times(draw, among=self.levels == one)
 
     def players(self):
         return [Player("train", self.model, self.loss, idle=bool(self.settings.pyramid))]
@@ -1527,17 +1529,14 @@ def previews(stage, ema, out, update):
 
 def choose_size(name, typed):
     """--model auto: the thesis's size if a GPU can train it within a day, else the small one."""
-    Kind, reason = STAGES[name].Settings, "no NVIDIA or AMD GPU here"
-    device = typed.get("device", "auto")
-    device = data.check_device(data.best_device() if device == "auto" else device)
-    for size in ("thesis", "small") if device.startswith("cuda") else ("small",):
+    reason, gpu = "no NVIDIA or AMD GPU here", chosen_device(typed).startswith("cuda")
+    for size in ("thesis", "small") if gpu else ("small",):
         try:
-            with contextlib.redirect_stdout(open(os.devnull, "w")):  # noqa: SIM115  say it once
-                s = new_settings(Kind, typed | {"model": size})
+            with contextlib.redirect_stdout(io.StringIO()):  # the run itself will say it
+                s = new_settings(STAGES[name].Settings, typed | {"model": size})
                 seconds = seconds_per_update(name, s)
         except torch.OutOfMemoryError:
             reason = "the thesis's batch does not fit into this GPU"
-            torch.cuda.empty_cache()
             continue
         hours = seconds * s.updates / 3600
         if size == "small" or hours <= 24:
@@ -1590,7 +1589,7 @@ def train(name, typed, resume):
         if checkpoints(out) or (out / "model.pt").exists():
             raise UserError(f"{out} holds a run: --resume continues it, --out DIR begins another")
         progress = {"stage": name, "update": 0, "run": 0, "seconds": 0.0, "best": math.inf}
-        if typed.setdefault("model", "auto") == "auto":
+        if typed.get("model", "auto") == "auto":
             typed = typed | {"model": choose_size(name, typed)}
         s = new_settings(Kind, typed)
     stage = STAGES[name](s)
