@@ -82,7 +82,23 @@ def cosine_schedule(T=1000, s=0.008):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-SCHEDULES = dict(linear=linear_schedule, sqrt_linear=sqrt_linear_schedule, cosine=cosine_schedule)
+def log_linear_schedule(T=1000, first=9.0, last=-8.0):
+    """log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)) linear in t (not in the thesis).
+
+    Coarse and fine details are drawn at different log SNR (`ldm.damp`); all get as many steps.
+    After variational diffusion models (Kingma and others, 2021).
+    """
+    alpha_bar = torch.sigmoid(torch.linspace(first, last, T, dtype=torch.float64))
+    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    return (1 - alpha_bar / before).clamp(max=0.999)
+
+
+SCHEDULES = {
+    "linear": linear_schedule,
+    "sqrt_linear": sqrt_linear_schedule,
+    "cosine": cosine_schedule,
+    "log_linear": log_linear_schedule,
+}
 
 # --------------------------------------------------------------------------------------------------
 # 3.5  The diffusion process
@@ -115,17 +131,6 @@ class Diffusion:
         table = table.to(x.dtype)  # before it moves: some devices lack float64
         value = table.to(x.device, non_blocking=True)[t]
         return value.view(-1, *[1] * (x.dim() - 1))
-
-    def times_around(self, log_snr, deviation=2.0, uniform=0.3):
-        """Probabilities of t = 1..T in training, (T,): not in the thesis, whose t is uniform.
-
-        log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)) is about N(log_snr, deviation^2): the noise
-        at which the composition of a picture is decided gets more of the updates. A share `uniform`
-        of them goes to all t alike.
-        """
-        snr = torch.log(self.alpha_bar[1:] / self.beta_bar[1:])
-        density = torch.exp(-0.5 * ((snr - log_snr) / deviation) ** 2) * -torch.gradient(snr)[0]
-        return (1 - uniform) * density / density.sum() + uniform / self.T
 
     # 3.5.1, 3.5.2  Forward: from data to noise
 

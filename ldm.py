@@ -124,8 +124,9 @@ class Pyramid(nn.Module):
 
         x_0 = repeat_k(sqrt(a) y - sqrt(1 - a) v(y, t))
 
-    So a U-Net of small pictures draws the composition, in a k^2-th of the time; that of the large
-    ones draws details only. After subspace diffusion (Jing and others, 2022).
+    So U-Nets of small pictures draw the composition, in a k^2-th of the time; that of the large
+    ones draws details only, which `damp` keeps for the end. After subspace diffusion (Jing and
+    others, 2022).
     unets: those of k = 1, 2, 4, ...; their output is v. So is that of `forward`, which is called
     like a U-Net: x (B, C, H, W), t (B,) from 0, context (B, n, d).
     """
@@ -137,10 +138,10 @@ class Pyramid(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
         self.register_buffer("level", torch.zeros(len(alpha_bar), dtype=torch.long))
 
-    def divide(self, z, drowned=1 / 3):
+    def divide(self, z, drowned=0.1):
         """Decide which U-Net sees which t. A detail is drowned if it deviates less than `drowned`
         times as much as its noise; the smallest k x k that lose only such ones are taken. z: x_0 of
-        some images."""
+        some images. (A third would be too much: all details of a long edge together are seen.)"""
         snr = self.alpha_bar / (1 - self.alpha_bar)
         self.level.zero_()
         for level in range(len(self.unets) - 1):
@@ -168,6 +169,26 @@ class Pyramid(nn.Module):
         return (a.sqrt() * x - F.interpolate(x_0, scale_factor=k)) / (1 - a).sqrt()
 
 
+def damp(z, factor, octaves):
+    """Pictures with smaller details, the finer the smaller (not in the thesis): (B, C, H, W).
+
+        D_n(z) = repeat(D_{n-1}(m)) + factor^n (z - repeat(m)),   D_0(z) = z,   m = mean_{2x2}(z)
+
+    The noise of a diffusion on D(z) drowns details while the means are still seen. So a picture is
+    drawn from coarse to fine, and means need not be told what is finer. Each part of a picture so
+    has a schedule of its own, as in blurring diffusion (Hoogeboom and Salimans, 2023). 1 / factor
+    is the inverse. octaves: n, the halvings of H and W.
+    """
+    if not octaves:
+        return z
+    m = F.avg_pool2d(z, 2)
+    details = z - F.interpolate(m, scale_factor=2)
+    return F.interpolate(damp(m, factor, octaves - 1), scale_factor=2) + factor**octaves * details
+
+
+DETAILS = 1 / 2  # the factor of latent models with a pyramid
+
+
 class PixelDiffusion(LabelledDiffusion):
     """The conditional DDPM in pixel space (4.4.5). context: as in `LatentDiffusion`, or None."""
 
@@ -185,7 +206,8 @@ class PixelDiffusion(LabelledDiffusion):
 
 
 class LatentDiffusion(LabelledDiffusion):
-    """3.6, 4.5: the diffusion runs on z = latent_scale * E(x) of a frozen first stage.
+    """3.6, 4.5: the diffusion runs on z = latent_scale * E(x) of a frozen first stage. For a
+    `Pyramid`, details of z are smaller, see `damp`.
 
     The label is a context (4.4.4). context: the embeddings of the labels, 9 x 512 in the thesis,
     the zero-label last. Labels y (B, n) are n tokens. Labels y (B,) are one token per image;
@@ -199,6 +221,7 @@ class LatentDiffusion(LabelledDiffusion):
         self.register_buffer("mean", torch.zeros(len(classes) + 1, shape[0]))
         self.first_stage = first_stage.requires_grad_(False).eval()
         self.context, self.latent_scale = context, latent_scale
+        self.octaves = len(unet.unets) - 1 if isinstance(unet, Pyramid) else 0
 
     def train(self, mode=True):
         super().train(mode)
@@ -224,11 +247,15 @@ class LatentDiffusion(LabelledDiffusion):
     @torch.no_grad()
     def encode(self, x):
         """Images (B, 3, H, W) in [-1, 1] -> z (B, C, H/f, W/f), not quantised (E54)."""
-        return self.latent_scale * self.first_stage.encode(x)
+        return self.scaled(self.first_stage.encode(x))
+
+    def scaled(self, z):
+        """From latents of the first stage to x_0."""
+        return damp(self.latent_scale * z, DETAILS, self.octaves)
 
     def decode(self, z):
         """z -> images in [-1, 1], (B, 3, f h, f w); with a code-book z is quantised first (E54)."""
-        parts = (z / self.latent_scale).split(8)  # less memory
+        parts = (damp(z, 1 / DETAILS, self.octaves) / self.latent_scale).split(8)  # less memory
         return torch.cat([self.first_stage.decode(part) for part in parts]).clamp(-1, 1)
 
 
@@ -302,7 +329,7 @@ class PaletteDiffusion(LatentDiffusion):
         share = palettes[..., 3:].abs()  # colours without a share count alike
         lab = (palettes[..., :3] * share).sum(1) / share.sum(1).clamp(min=1e-6)
         plain = torch.from_numpy(lab_to_rgb(lab.cpu())).to(noise) / 127.5 - 1
-        side = 4 * self.first_stage.factor
+        side = self.first_stage.factor << max(2, self.octaves)
         z = self.encode(plain[:, :, None, None].expand(-1, -1, side, side)).mean((2, 3))
         z = torch.where(share.sum(1) > 0, z, self.mean[self.zero_label])
         return self.diffusion.q_sample(z[:, :, None, None], self.diffusion.T, noise)
@@ -436,7 +463,8 @@ def space_of(model):
     """The name of the space of x_t. A classifier guides only models of its own space."""
     if not isinstance(model, LatentDiffusion):
         return "pixels"
-    return f"latents of {fingerprint(model.first_stage)} x {model.latent_scale:.6g}"
+    damped = f", {model.octaves} octaves damped" if model.octaves else ""
+    return f"latents of {fingerprint(model.first_stage)} x {model.latent_scale:.6g}{damped}"
 
 
 @torch.no_grad()

@@ -365,7 +365,7 @@ def time_command(args):
 
 
 def schedules_command(args):
-    """Two charts over t: the signal-to-noise ratio of the three schedules, and the weights by which
+    """Two charts over t: the signal-to-noise ratio of the schedules, and the weights by which
     the losses of the linear one differ, see `Diffusion.loss_weights`."""
     all_t = list(range(1, 1001))
     tables = {name: Diffusion(schedule()) for name, schedule in SCHEDULES.items()}

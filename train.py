@@ -137,9 +137,6 @@ class Diffusion(Settings):
     )
     schedule: str = setting("linear", "noise schedule", choices=tuple(SCHEDULES))
     T: int = setting(1000, "diffusion steps", above=0)
-    log_snr: float | None = setting(
-        None, "draw t with log SNR around this number (default: uniform)", kind=float
-    )
     p_uncond: float = setting(0.2, "share of labels that are dropped (4.4.3)", least=0, most=1)
 
 
@@ -169,7 +166,6 @@ class Classifier(Settings):
     T: int | None = None
     shape: tuple | None = None
     space: str | None = None
-    log_snr: float | None = None  # uniform t: it guides at every noise
 
     def given(self):
         guided = load(self.run)
@@ -291,8 +287,11 @@ class Latent(Diffusion):
     schedule: str = "sqrt_linear"
     attention_levels: tuple | None = setting(None, "(default: all)", kind=int, nargs="+")
     groups: int = setting(32, "groups of every GroupNorm", above=0)
-    condition: str = setting(
-        "label", "a label, or the colours of a picture", choices=("label", "palette")
+    condition: str | None = setting(
+        None,
+        "a label, or the colours of a picture (default: palette, if small and labels are colours)",
+        kind=str,
+        choices=("label", "palette"),
     )
     context_channels: int = setting(512, "width of the label embedding", above=0)
     latent_scale: float | None = setting(
@@ -349,7 +348,7 @@ SMALL = {
     Latent: dict(updates=4000, batch=32, lr=2e-3, optimizer="muon", views=8, strategy="ddp",
                  channels=64, multipliers=(1, 1), pyramid=(64, 96), blocks=1, groups=4,
                  attention_levels=(1,), context_channels=128, ema=0.999, predict="v",
-                 schedule="linear", log_snr=-2.5, p_uncond=0.1),
+                 schedule="log_linear", p_uncond=0.1),
 }
 # fmt: on
 
@@ -401,7 +400,7 @@ def new_settings(Kind, typed):
     values = (SMALL[Kind] if size == "small" else {}) | typed | decided
     for name, value in Kind(**values).given().items():
         if typed.get(name, value) != value:
-            raise UserError(f"{option(name)} {typed[name]}: here it must be {value}; leave it out")
+            raise UserError(f"{option(name)}: leave it out, --init or --run decides it ({value})")
         values[name] = value
     return settle(Kind(**values))
 
@@ -553,7 +552,8 @@ class DiffusionStage(Stage):
     """Stages whose loss is taken at a random t with random noise, on pixels or on latents."""
 
     columns = ("colour_distance",)
-    latents, latent_scale = None, 1.0  # (N, views, C, h, w)
+    latents = None  # those of the first stage, (N, views, C, h, w)
+    scaled = None  # from them to x_0
 
     def conditions(self, rows):
         """y of these images, (B, ...)."""
@@ -575,7 +575,7 @@ class DiffusionStage(Stage):
         else:
             encoded = self.latents.shape[1] > 1
             x = self.latents[rows, views.numpy() if encoded else 0]
-            x, y = self.latent_scale * torch.from_numpy(x), self.conditions(rows)
+            x, y = self.scaled(torch.from_numpy(x)), self.conditions(rows)
             x, y = (data.send(a, device) for a in (x, y))
             if encoded:
                 return x, y
@@ -585,16 +585,10 @@ class DiffusionStage(Stage):
         """The labels that the network gets: some become the zero-label (4.4.3)."""
         return drop_labels(y, self.model.zero_label, self.settings.p_uncond, u)
 
-    def times(self, draw, among=None):
-        """t of the images of an update, (batch,): uniform on {1..T}, or around --log-snr. among:
-        (T,), whether t = 1..T may be drawn; None = all."""
+    def times(self, draw):
+        """t of the images of an update, (batch,): uniform on {1..T}."""
         s = self.settings
-        if s.log_snr is None and among is None:
-            return torch.randint(1, s.T + 1, (s.batch,), generator=draw)
-        around = s.log_snr is not None
-        p = self.model.diffusion.times_around(s.log_snr) if around else torch.ones(s.T)
-        p = p if among is None else p * among
-        return 1 + torch.multinomial(p, s.batch, replacement=True, generator=draw)
+        return torch.randint(1, s.T + 1, (s.batch,), generator=draw)
 
     def loss(self, n, part=WHOLE):
         """The loss of update n (3.5.4), a function of (seed, n) and the weights."""
@@ -688,7 +682,11 @@ class LatentStage(DiffusionStage):
             s.size = s.size or s.first_stage_settings["size"]
         ldm.check_size(s.size, asdict(s))
         super().__init__(s, s.size, "rgb")
-        if s.condition == "palette" and not set(self.classes) <= set(data.COLOURS):
+        colours = set(self.classes) <= set(data.COLOURS)
+        if source:
+            s.condition = s.condition or source.settings.get("condition", "label")
+        s.condition = s.condition or ("palette" if s.model == "small" and colours else "label")
+        if s.condition == "palette" and not colours:
             raise UserError(f"--condition palette: the labels of {s.data} must be colours")
         values = asdict(s) | {"latent_scale": s.latent_scale or 1.0}
         self.model = ldm.build_latent(values, self.classes).to(s.device)
@@ -716,15 +714,15 @@ class LatentStage(DiffusionStage):
         z = self.latents[self.train_rows, 0]
         mean, deviation = z.mean(dtype=np.float64), z.std(dtype=np.float64)
         s.latent_scale = s.latent_scale or float(1 / deviation)
-        self.latent_scale = self.model.latent_scale = s.latent_scale
+        self.model.latent_scale, self.scaled = s.latent_scale, self.model.scaled
         members = [z[self.train_labels == label] for label in range(len(self.classes))]
         means = [(part if len(part) else z).mean((0, 2, 3)) for part in [*members, z]]
         self.model.mean.copy_(torch.from_numpy(np.stack(means)) * s.latent_scale)
         print(f"latents {z.shape[1:]}: mean {mean:.3f}, deviation {deviation:.3f}, ", end="")
         print(f"scaled by {s.latent_scale:.3f}")
         if s.pyramid:
-            some = torch.from_numpy(z[spread(np.arange(len(z)), 1000)]) * s.latent_scale
-            self.model.unet.divide(some.to(s.device))
+            some = torch.from_numpy(z[spread(np.arange(len(z)), 1000)])
+            self.model.unet.divide(self.scaled(some).to(s.device))
             self.levels = self.model.unet.level.cpu()
             steps = torch.bincount(self.levels, minlength=1 + len(s.pyramid)).tolist()
             sides = [self.model.shape[1] >> level for level in range(len(steps))]
@@ -743,8 +741,9 @@ class LatentStage(DiffusionStage):
         if not self.settings.pyramid:
             return super().times(draw)
         levels = self.levels.unique()
-        one = levels[torch.randint(len(levels), (), generator=draw)]
-        return super().times(draw, among=self.levels == one)
+        level = levels[torch.randint(len(levels), (), generator=draw)]
+        seen = 1 + (self.levels == level).nonzero()[:, 0]
+        return seen[torch.randint(len(seen), (self.settings.batch,), generator=draw)]
 
     def players(self):
         return [Player("train", self.model, self.loss, idle=bool(self.settings.pyramid))]
@@ -792,7 +791,7 @@ class ClassifierStage(DiffusionStage):
             raise UserError(f"--data {s.data}: other labels than those of the model to guide")
         if latent:
             self.encode(guided.first_stage.to(s.device))
-            self.latent_scale = guided.latent_scale
+            self.scaled = guided.scaled
         self.next += f" --run {shlex.quote(s.run)}"
         self.model = ldm.build_classifier(asdict(s), self.classes).to(s.device)
         if s.compile:

@@ -59,7 +59,7 @@ LETTERS += " --updates 2 --overfit 8 --validate-every 2 --preview-every 2 --save
         "",
         "--condition attention",
         "--predict eps",
-        "--predict flow --views 2 --log-snr -1",
+        "--predict flow --views 2",
         "--optimizer muon",
         "--precision float32 --accumulate 2 --balanced --ema 0",
     ],
@@ -100,7 +100,8 @@ def test_first_stages_train_on_it(gpu, tmp_path, more):
     "more",
     [
         "--predict v --precision bf16",
-        "--precision float32 --pyramid 32 --log-snr -2 --optimizer muon --checkpoint-activations",
+        "--precision float32 --pyramid 32 --schedule log_linear --optimizer muon"
+        " --checkpoint-activations",
         "--condition palette --views 8 --precision bf16",
     ],
 )

@@ -74,18 +74,6 @@ def test_t_is_uniform_on_1_to_T_and_labels_are_dropped():
     assert abs(torch.cat([u["noise"].flatten() for u in updates]).std() - 1) < 0.01
 
 
-def test_log_snr_draws_most_t_around_a_noise_level_and_some_anywhere():
-    """E[log SNR] = 0.7 * 1 + 0.3 * (its mean over all t), if no t of the bell is cut off."""
-    s = stage(log_snr=1.0)
-    a = s.model.diffusion.alpha_bar[1:]
-    log_snr = torch.log(a / (1 - a))
-    drawn = log_snr[torch.cat([seen_by(s, n)["t"] for n in range(600)]) - 1]
-    error = drawn.mean() - (0.7 + 0.3 * log_snr.mean())
-    assert abs(error) < 4 * drawn.std() / len(drawn) ** 0.5 + 0.01
-    middle = drawn[(drawn > -3) & (drawn < 5)]
-    assert abs(middle.std() - 1.8) < 0.1 and (drawn < -8).any()
-
-
 def test_two_views_mirror_half_of_the_images_and_one_is_the_default():
     """E41: a mirrored letter does not fit its label."""
     plain, flipped = stage(p_uncond=0.0), stage(p_uncond=0.0, views=2)
