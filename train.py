@@ -741,8 +741,8 @@ class LatentStage(DiffusionStage):
         if not self.settings.pyramid:
             return super().times(draw)
         levels = self.levels.unique()
-        level = levels[torch.randint(len(levels), (), generator=draw)]
-        seen = 1 + (self.levels == level).nonzero()[:, 0]
+        self.model.unet.only = levels[torch.randint(len(levels), (), generator=draw)].item()
+        seen = 1 + (self.levels == self.model.unet.only).nonzero()[:, 0]
         return seen[torch.randint(len(seen), (self.settings.batch,), generator=draw)]
 
     def players(self):

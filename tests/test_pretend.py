@@ -148,16 +148,17 @@ def test_metrics_run_on_it(gpu):
     assert place(inception(images)) == "cpu"
 
 
-@pytest.mark.parametrize("stage", ["letters", "vqgan", "ldm"])
+@pytest.mark.parametrize("stage", ["letters", "vqgan", "ldm", "pyramid"])
 def test_an_update_does_not_wait_for_it(monkeypatch, folder, first_stage, tmp_path, stage):
     """Six more updates, none of which is logged, add nothing that waits for the GPU."""
     words = {
         "letters": LETTERS.split(),
         "vqgan": f"{FIRST} --bottleneck vq".split(),
         "ldm": ARGUMENTS,
+        "pyramid": [*ARGUMENTS, "--pyramid", 32],
     }[stage]
     words = [*map(str, words), "--device", "cuda", "--precision", "float32"]
-    if stage == "ldm":
+    if stage in ("ldm", "pyramid"):
         words += ["--data", str(folder), "--first-stage", str(first_stage)]
     waits = []
     for updates in ("3", "9"):
