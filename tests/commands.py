@@ -33,7 +33,8 @@ SHORTER = (  # the first pattern that a command contains -> flags that make it s
     (r"--ode", "--n 1 --steps 2"),
     (r"--resume", "--updates 3"),
     (r"--init", "--updates 2 --size 32"),
-    (r"--condition (palette|label)", f"{LATENT} --T 2"),
+    (r"--condition label", LATENT),
+    (r"--condition palette", f"{LATENT} --T 2"),
     (r"--condition attention", LETTERS.replace("--channels 16", "--channels 32")),
     (r"--stage letters$", LETTERS),  # `sample.py` needs the T of `runs/letters` and `runs/ldm`
     (r"--stage letters", f"{LETTERS} --T 2"),
