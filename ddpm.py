@@ -88,9 +88,9 @@ def log_linear_schedule(T=1000, first=9.0, last=-8.0):
     Coarse and fine details are drawn at different log SNR (`ldm.damp`); all get as many steps.
     After variational diffusion models (Kingma and others, 2021).
     """
-    alpha_bar = torch.sigmoid(torch.linspace(first, last, T, dtype=torch.float64))
-    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
-    return (1 - alpha_bar / before).clamp(max=0.999)
+    log_snr = torch.linspace(first, last, T, dtype=torch.float64)
+    alpha_bar = torch.cat([torch.ones(1), torch.sigmoid(log_snr)])  # of t = 0..T
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 SCHEDULES = {

@@ -192,6 +192,11 @@ def damp(z, factor, octaves):
 DETAILS = 1 / 2  # the factor of latent models with a pyramid
 
 
+def scaled(z, latent_scale, octaves):
+    """From latents of a first stage to x_0. octaves: 0 without a pyramid."""
+    return damp(latent_scale * z, DETAILS, octaves)
+
+
 class PixelDiffusion(LabelledDiffusion):
     """The conditional DDPM in pixel space (4.4.5). context: as in `LatentDiffusion`, or None."""
 
@@ -250,11 +255,7 @@ class LatentDiffusion(LabelledDiffusion):
     @torch.no_grad()
     def encode(self, x):
         """Images (B, 3, H, W) in [-1, 1] -> z (B, C, H/f, W/f), not quantised (E54)."""
-        return self.scaled(self.first_stage.encode(x))
-
-    def scaled(self, z):
-        """From latents of the first stage to x_0."""
-        return damp(self.latent_scale * z, DETAILS, self.octaves)
+        return scaled(self.first_stage.encode(x), self.latent_scale, self.octaves)
 
     def decode(self, z):
         """z -> images in [-1, 1], (B, 3, f h, f w); with a code-book z is quantised first (E54)."""

@@ -400,7 +400,9 @@ def new_settings(Kind, typed):
     values = (SMALL[Kind] if size == "small" else {}) | typed | decided
     for name, value in Kind(**values).given().items():
         if typed.get(name, value) != value:
-            raise UserError(f"{option(name)}: leave it out, --init or --run decides it ({value})")
+            raise UserError(
+                f"{option(name)} {typed[name]}: leave it out, --init or --run decides it ({value})"
+            )
         values[name] = value
     return settle(Kind(**values))
 
@@ -553,7 +555,7 @@ class DiffusionStage(Stage):
 
     columns = ("colour_distance",)
     latents = None  # those of the first stage, (N, views, C, h, w)
-    scaled = None  # from them to x_0
+    latent_scale, octaves = 1.0, 0  # from them to x_0, see `ldm.scaled`
 
     def conditions(self, rows):
         """y of these images, (B, ...)."""
@@ -575,7 +577,8 @@ class DiffusionStage(Stage):
         else:
             encoded = self.latents.shape[1] > 1
             x = self.latents[rows, views.numpy() if encoded else 0]
-            x, y = self.scaled(torch.from_numpy(x)), self.conditions(rows)
+            x = ldm.scaled(torch.from_numpy(x), self.latent_scale, self.octaves)
+            y = self.conditions(rows)
             x, y = (data.send(a, device) for a in (x, y))
             if encoded:
                 return x, y
@@ -683,9 +686,10 @@ class LatentStage(DiffusionStage):
         ldm.check_size(s.size, asdict(s))
         super().__init__(s, s.size, "rgb")
         colours = set(self.classes) <= set(data.COLOURS)
+        usual = "palette" if s.model == "small" else "label"
         if source:
-            s.condition = s.condition or source.settings.get("condition", "label")
-        s.condition = s.condition or ("palette" if s.model == "small" and colours else "label")
+            usual = source.settings.get("condition", "label")  # not in older files
+        s.condition = s.condition or (usual if colours else "label")
         if s.condition == "palette" and not colours:
             raise UserError(f"--condition palette: the labels of {s.data} must be colours")
         values = asdict(s) | {"latent_scale": s.latent_scale or 1.0}
@@ -694,7 +698,7 @@ class LatentStage(DiffusionStage):
             self.model.first_stage.load_state_dict(first_stage.state_dict())
         if source:
             self.model.unet.load_state_dict(source.unet.state_dict())
-            if source.settings.get("condition", "label") != s.condition:
+            if s.condition != usual:
                 print(f"the tokens of --condition {s.condition} are new: {s.init} has others")
             elif len(source.classes) == len(self.classes):
                 self.model.context.load_state_dict(source.context.state_dict())
@@ -714,7 +718,8 @@ class LatentStage(DiffusionStage):
         z = self.latents[self.train_rows, 0]
         mean, deviation = z.mean(dtype=np.float64), z.std(dtype=np.float64)
         s.latent_scale = s.latent_scale or float(1 / deviation)
-        self.model.latent_scale, self.scaled = s.latent_scale, self.model.scaled
+        self.latent_scale = self.model.latent_scale = s.latent_scale
+        self.octaves = self.model.octaves
         members = [z[self.train_labels == label] for label in range(len(self.classes))]
         means = [(part if len(part) else z).mean((0, 2, 3)) for part in [*members, z]]
         self.model.mean.copy_(torch.from_numpy(np.stack(means)) * s.latent_scale)
@@ -722,7 +727,8 @@ class LatentStage(DiffusionStage):
         print(f"scaled by {s.latent_scale:.3f}")
         if s.pyramid:
             some = torch.from_numpy(z[spread(np.arange(len(z)), 1000)])
-            self.model.unet.divide(self.scaled(some).to(s.device))
+            some = ldm.scaled(some, self.latent_scale, self.octaves)
+            self.model.unet.divide(some.to(s.device))
             self.levels = self.model.unet.level.cpu()
             steps = torch.bincount(self.levels, minlength=1 + len(s.pyramid)).tolist()
             sides = [self.model.shape[1] >> level for level in range(len(steps))]
@@ -737,7 +743,8 @@ class LatentStage(DiffusionStage):
         return ldm.told_colours(y, self.settings.p_uncond, u)
 
     def times(self, draw):
-        """With --pyramid, an update trains one U-Net, at the t that it sees. All get as many."""
+        """With --pyramid, an update trains one U-Net, which the pyramid is told, at the t that it
+        sees. All get as many."""
         if not self.settings.pyramid:
             return super().times(draw)
         levels = self.levels.unique()
@@ -791,7 +798,7 @@ class ClassifierStage(DiffusionStage):
             raise UserError(f"--data {s.data}: other labels than those of the model to guide")
         if latent:
             self.encode(guided.first_stage.to(s.device))
-            self.scaled = guided.scaled
+            self.latent_scale, self.octaves = guided.latent_scale, guided.octaves
         self.next += f" --run {shlex.quote(s.run)}"
         self.model = ldm.build_classifier(asdict(s), self.classes).to(s.device)
         if s.compile:

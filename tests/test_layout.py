@@ -51,6 +51,7 @@ def test_requirements():
 
     pins = versions("constraints.txt", "==")
     assert pins.keys() == PACKAGES - {"PIL"} | {"pillow", "pytest", "ruff"}
+    assert pins["torch"] == "2.13.0"
     assert versions("requirements.txt", "[>=]=").keys() == pins.keys()
 
 

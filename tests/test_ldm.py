@@ -781,7 +781,7 @@ def test_fine_tuning_keeps_all_but_a_label_table_of_another_size(
 
     common = ("train", "--stage", "ldm", "--data", folder, "--device", "cpu")
     common += ("--out", tmp_path / "run")
-    assert "--channels: leave it out" in refused(*common, "--init", cin, "--channels", 64)
+    assert "--channels 64: " in refused(*common, "--init", cin, "--channels", 64)
     assert "--first-stage" in refused(*common, "--init", cin, "--first-stage", first_stage)
     monkeypatch.setattr(LatentStage, "preview", lambda *arguments, **more: {})
     how = ("--precision", "float32", "--size", 16, "--batch", 2, "--init", cin, "--updates", 1)

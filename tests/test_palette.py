@@ -374,8 +374,13 @@ def test_init_from_a_label_model_keeps_the_network_and_begins_new_tokens(
     assert "the tokens of --condition palette are new" in capsys.readouterr().out
     assert equal_tensors(s.model.unet.state_dict(), load_model(undisturbed).unet.state_dict())
     assert isinstance(s.model, ldm.PaletteDiffusion)
-    same = stage(folder, None, init=str(trained), condition="palette").model
+    same = stage(folder, None, init=str(trained)).model  # as the model that it starts from
     assert equal_tensors(same.state_dict(), load_model(trained).state_dict())
+
+
+def test_the_small_model_reads_palettes_and_the_thesis_s_a_label(folder, first_stage):
+    for size, condition in {"small": "palette", "thesis": "label"}.items():
+        assert stage(folder, first_stage, model=size).settings.condition == condition
 
 
 def test_palettes_need_labels_that_are_colours(refused, first_stage, tmp_path):
@@ -384,3 +389,5 @@ def test_palettes_need_labels_that_are_colours(refused, first_stage, tmp_path):
     how = ("--condition", "palette", "--data", tmp_path / "pets.npz", "--out", tmp_path / "run")
     error = refused("train", *ARGUMENTS, *how, "--first-stage", first_stage, "--size", 16)
     assert "--condition palette: the labels of" in error
+    s = stage(tmp_path / "pets.npz", first_stage, model="small", size=16)
+    assert s.settings.condition == "label"

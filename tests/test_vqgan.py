@@ -745,7 +745,7 @@ def test_training_starts_from_a_published_file(run, refused, folder, tmp_path, k
 
     common = ("train", "--stage", "vqgan", "--device", "cpu", "--out", tmp_path / "run")
     how = ("--init", path, "--data", folder, "--precision", "float32", "--perceptual", 0)
-    assert "--channels: leave it out, --init or --run decides it (32)" in refused(
+    assert "--channels 12: leave it out, --init or --run decides it (32)" in refused(
         *common, *how, "--channels", 12
     )
     code, _, err = run(*common, *how, "--size", 16, "--batch", 2, "--updates", 2)
