@@ -82,7 +82,7 @@ def cosine_schedule(T=1000, s=0.008):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-def log_linear_schedule(T=1000, first=9.0, last=-8.0):
+def log_linear_schedule(T=1000, first=7.0, last=-6.0):
     """log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)) linear in t (not in the thesis).
 
     Coarse and fine details are drawn at different log SNR (`ldm.damp`); all get as many steps.
@@ -246,27 +246,29 @@ class Diffusion:
         prediction = eps_theta(self.q_sample(x_0, t, noise), t)
         return (noise - prediction).float().square().flatten(1).mean(1)
 
-    # Not in the thesis: score, signal-to-noise ratio, SDE and ODE
+    # Beyond the thesis: score, signal-to-noise ratio, SDE and ODE
 
     def score(self, x_t, t, eps):
         """The score:  grad log p(x_t) = -eps / sqrt(1 - alpha_bar_t), with the best eps_theta.
 
         p(x_t) is the mean over x_0 of the Gaussians q(x_t | x_0) of 3.9. So its score is the mean,
         given x_t, of theirs, -(x_t - sqrt(alpha_bar_t) x_0) / (1 - alpha_bar_t), which is
-        -xi / sqrt(1 - alpha_bar_t). The best eps_theta is the mean of xi given x_t.
+        -xi / sqrt(1 - alpha_bar_t). The best eps_theta is the mean of xi given x_t. (Not in the
+        thesis.)
         """
         return -eps / self.at(self.beta_bar, t, x_t).sqrt()
 
     def tweedie(self, x_t, t, score):
         """Tweedie:  E[x_0 | x_t] = (x_t + (1 - alpha_bar_t) grad log p(x_t)) / sqrt(alpha_bar_t).
 
-        `score` solved for eps and put into `predict_x0`.
+        `score` solved for eps and put into `predict_x0` (not in the thesis).
         """
         alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_t), self.at(self.beta_bar, t, x_t)
         return (x_t + beta_bar * score) / alpha_bar.sqrt()
 
     def loss_weights(self, predict):
-        """w_t, (T,), t = 1..T: the squared error of a prediction is w_t times that of its x_0.
+        """w_t, (T,), t = 1..T: the squared error of a prediction is w_t times that of its x_0
+        (not in the thesis).
 
             eps: SNR,   x_0: 1,   v: SNR + 1,   flow: (sqrt(SNR) + 1)^2,   SNR = alpha_bar/beta_bar
 
@@ -279,7 +281,7 @@ class Diffusion:
         return (table | {"flow": (snr.sqrt() + 1) ** 2})[predict]
 
     def eps_from_flow(self, x_t, t, u):
-        """The noise if a network predicts u = eps - x_0, as in flow matching.
+        """The noise if a network predicts u = eps - x_0, as in flow matching (not in the thesis).
 
         With a = sqrt(alpha_bar_t) and s = sqrt(1 - alpha_bar_t), y = x_t / (a + s) lies on the
         straight line (1 - tau) x_0 + tau eps, where tau = s / (a + s), and u = dy/dtau. So flow
@@ -290,7 +292,8 @@ class Diffusion:
         return (x_t + a * u) / (a + s)
 
     def reverse_sde_step(self, x_t, t, eps, noise):
-        """A step of Euler and Maruyama along the reverse of the SDE of which 3.8 is a step.
+        """A step of Euler and Maruyama along the reverse of the SDE of which 3.8 is a step
+        (not in the thesis).
 
             forward    dx = -1/2 beta x dt + sqrt(beta) dw          (sqrt(1 - beta) = 1 - beta/2)
             reverse    dx = -(1/2 beta x + beta grad log p(x_t)) dt + sqrt(beta) dw, t falling
@@ -305,14 +308,15 @@ class Diffusion:
     def probability_flow(self, x_t, t, eps):
         """dx/dt of the ODE whose x_t have the same densities:  -1/2 beta_t (x_t + grad log p(x_t)).
 
-        Half of the reverse drift above, without noise. d alpha_bar/dt = -beta alpha_bar turns it
-        into dy/dr = eps for y = x / sqrt(alpha_bar), r = sqrt(1 / alpha_bar - 1): `ddim` in
-        sample.py is Euler's method for it.
+        The reverse drift above with half of its score, without noise (not in the thesis).
+        d alpha_bar/dt = -beta alpha_bar turns it into dy/dr = eps for y = x / sqrt(alpha_bar),
+        r = sqrt(1 / alpha_bar - 1): `ddim` in sample.py is Euler's method for it.
         """
         return -self.at(self.beta, t, x_t) / 2 * (x_t + self.score(x_t, t, eps))
 
     def mean_kept(self, positions, deviation=1.0):
-        """How much of a colour that all positions share survives a start at N(0, I).
+        """How much of a colour that all positions share survives a start at N(0, I) (not in the
+        thesis).
 
         Let all N positions of x_0 have one value c ~ N(0, S^2). The mean of x_T over the positions
         is N(0, alpha_bar S^2 + beta_bar / N), but that of N(0, I) is N(0, 1/N). A deterministic

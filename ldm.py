@@ -55,6 +55,7 @@ class LabelledDiffusion(nn.Module):
     shape: (C, H, W) of x_t.
     """
 
+    sampler = "plms", 0.0  # default of sample.py: its name and eta
     guide_above = 0.0  # default of sample.py: guide only at noise levels above, see `with_cfg`
     clip = False  # default of sample.py: clamp the predicted x_0, see `with_clipping`
 
@@ -230,6 +231,8 @@ class LatentDiffusion(LabelledDiffusion):
         self.first_stage = first_stage.requires_grad_(False).eval()
         self.context, self.latent_scale = context, latent_scale
         self.octaves = len(unet.unets) - 1 if isinstance(unet, Pyramid) else 0
+        if self.octaves:
+            self.sampler = "dpm", 1.0  # errors of one U-Net are covered by noise for the next
 
     def train(self, mode=True):
         super().train(mode)
@@ -244,8 +247,9 @@ class LatentDiffusion(LabelledDiffusion):
     def start(self, y, noise):
         """x_T of eq. 3.9 for the label's mean colour: q(x_T) and not N(0, I) (not in the thesis).
 
-        sqrt(alpha_bar_T) is small, 0.012, but the mean is the same at all N positions: a picture of
-        256 x 256 (N = 1024) would lose 11 % of its mean colour. Published models have the mean 0.
+        sqrt(alpha_bar_T) is small, 0.012 in the thesis, but the mean is the same at all positions:
+        a picture of 256 x 256 (N = 1024) would lose 11 % of its mean colour. Published models have
+        the mean 0.
         """
         if y.is_floating_point():  # tokens: no label's mean is theirs
             y = torch.full((len(y),), self.zero_label, device=y.device)

@@ -99,17 +99,22 @@ def ddim_step(x, e, a, a_next, sigma=0.0):
     return a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * e, x_0
 
 
-def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
-    """4.6.1, DDIM: `ddim_step` with sigma = eta sqrt((1 - a')/(1 - a)) sqrt(1 - a/a').
+def ddim_sigma(a, a_next, eta):
+    """4.6.1:  sigma = eta sqrt((1 - a')/(1 - a)) sqrt(1 - a/a'), the noise of a `ddim_step`.
 
-    eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling. eta > 0 needs
-    `noise`, a function () -> xi. ValueError if eta is not between 0 and 1: there is no such step.
+    eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling. ValueError if eta is
+    not between 0 and 1: there is no such step.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta:g}; expected 0 to 1")
+    return eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+
+
+def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
+    """4.6.1, DDIM: `ddim_step` with the sigma of `ddim_sigma`. eta > 0 needs `noise`, () -> xi."""
     for t, t_next in zip(times, times[1:]):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
-        sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+        sigma = ddim_sigma(a, a_next, eta)
         x, x_0 = ddim_step(x, eps(x, t), a, a_next, sigma)
         if sigma:
             x = x + sigma * noise()
@@ -148,7 +153,7 @@ def plms(eps, x, times, alpha_bar):
         yield t_next, x, x_0
 
 
-def dpm(eps, x, times, alpha_bar):
+def dpm(eps, x, times, alpha_bar, eta=0.0, noise=None):
     """DPM-Solver++ 2M (not in the thesis): the DDIM transfer with an extrapolated x_0'.
 
         x_0' = x_0 + (x_0 - x_0_before) h / (2 h_before)
@@ -156,7 +161,8 @@ def dpm(eps, x, times, alpha_bar):
 
     PLMS extrapolates eps over the index of the step. This sampler extrapolates x_0 over lambda,
     half the logarithm of the signal-to-noise ratio, with one evaluation per step. lambda is
-    infinite at t = 0, so the step to t = 0 is plain DDIM.
+    infinite at t = 0, so the step to t = 0 is plain DDIM. eta and noise: as for `ddim`; fresh noise
+    covers the errors that earlier steps have made.
     """
     lam = (alpha_bar / (1 - alpha_bar)).log() / 2
     before = h_before = None
@@ -167,7 +173,10 @@ def dpm(eps, x, times, alpha_bar):
         first_order = before is None or t_next == 0
         x_0_prime = x_0 if first_order else x_0 + (x_0 - before) * (h / (2 * h_before))
         before, h_before = x_0, h
-        x, _ = ddim_step(x, (x - a**0.5 * x_0_prime) / (1 - a) ** 0.5, a, a_next)
+        sigma = ddim_sigma(a, a_next, eta)
+        x, _ = ddim_step(x, (x - a**0.5 * x_0_prime) / (1 - a) ** 0.5, a, a_next, sigma)
+        if sigma:
+            x = x + sigma * noise()
         yield t_next, x, x_0
 
 
@@ -300,16 +309,25 @@ class ImageNoise:
 SAMPLERS = {"plms": plms, "ddim": ddim, "ddpm": ddpm, "dpm": dpm}
 
 
+def sampler_of(model, sampler=None, eta=None):
+    """A sampler and its eta. None means the model's own."""
+    usual = model.sampler if sampler is None else (sampler, 0.0)
+    sampler, eta = usual[0], usual[1] if eta is None else eta
+    if eta and sampler not in ("ddim", "dpm"):
+        raise UserError(f"eta {eta:g} has no meaning for {sampler}, only for ddim and dpm")
+    return sampler, eta
+
+
 @torch.no_grad()
 def denoise(
     model,
     y,
     seeds,
-    sampler="plms",
+    sampler=None,
     steps=50,
     scale=2.0,
     guide_above=None,
-    eta=0.0,
+    eta=None,
     clip=None,
     classifier=None,
     bf16=False,
@@ -318,12 +336,11 @@ def denoise(
     """Run a sampler for the labels y, (B,), with one seed per image. Yields (t, x, x_0) per step.
 
     y may also be tokens or palettes, see `condition` of the model. guide_above: see `with_cfg`;
-    clip: see `with_clipping`; their default is the model's. away: one label or palette that all
-    images avoid. classifier: with it, the classifier guides (4.4.2), and the network sees only the
-    zero-label.
+    clip: see `with_clipping`; their default is the model's, and so are sampler and eta. away:
+    one label or palette that all images avoid. classifier: with it, the classifier guides (4.4.2),
+    and the network sees only the zero-label.
     """
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta {eta:g} has no meaning for {sampler}, only for ddim")
+    sampler, eta = sampler_of(model, sampler, eta)
     alpha_bar, device, gradient = model.diffusion.alpha_bar, model.device, None
     guide_above = model.guide_above if guide_above is None else guide_above
     noise, y = ImageNoise(seeds, model.shape, device), torch.as_tensor(y, device=device)
@@ -339,7 +356,8 @@ def denoise(
         eps = with_classifier(eps, gradient, scale, alpha_bar)
     if model.clip if clip is None else clip:
         eps = with_clipping(eps, model.diffusion)
-    more = {"ddpm": (noise, "beta_tilde", gradient, scale), "ddim": (eta, noise)}.get(sampler, ())
+    ancestral, stochastic = (noise, "beta_tilde", gradient, scale), (eta, noise)
+    more = {"ddpm": ancestral, "ddim": stochastic, "dpm": stochastic}.get(sampler, ())
     times = timesteps(model.diffusion.T, steps)
     yield from SAMPLERS[sampler](eps, model.start(y, noise()), times, alpha_bar, *more)
 
@@ -764,9 +782,9 @@ def parse():
     )
     add("--seed", type=int, default=0, help="image k has seed + k (default 0)")
     add("--out", help="picture; folder for --per-label or --reconstruct")
-    add("--sampler", choices=SAMPLERS, default="plms", help="dpm = DPM-Solver++ 2M (default plms)")
+    add("--sampler", choices=SAMPLERS, help="dpm = DPM-Solver++ 2M (default: the model's)")
     add("--steps", type=int, default=50, help="sampling steps, 1 to T (default 50)")
-    add("--eta", type=float, default=0.0, help="noise of ddim, 0 to 1 (default 0)")
+    add("--eta", type=float, help="noise of ddim and dpm, 0 to 1 (default 0, or the model's)")
     add("--scale", type=float, default=2.0, help="guidance scale, 1 = none (default 2)")
     add("--guide-above", type=float, help="least noise to guide at, see with_cfg (the model's)")
     guidance = ("classifier-free", "classifier")
@@ -797,8 +815,7 @@ def check(args):
     all_labels = args.grid or args.scales or args.text is not None
     palette = args.colours or args.like
     for wrong, message in (
-        (args.eta > 1, "--eta: expected 0 to 1"),
-        (args.eta and args.sampler != "ddim", "--eta: only with --sampler ddim"),
+        ((args.eta or 0) > 1, "--eta: expected 0 to 1"),
         (args.classifier and not guided, "--classifier: only with --guidance classifier"),
         (args.guide_above is not None and guided, "--guide-above: not with --guidance classifier"),
         (args.label and all_labels, "--label: not with --grid, --scales or --text"),
@@ -835,6 +852,7 @@ def open_models(args, device):
         model.shape = model.shape[0], args.size // factor, args.size // factor
     if args.guide_above is None:
         args.guide_above = model.guide_above
+    args.sampler, args.eta = sampler_of(model, args.sampler, args.eta)
     names = ("sampler", "steps", "scale", "guide_above", "eta", "clip")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"bf16": args.precision == "bf16", "classifier": None, "away": None}

@@ -1098,19 +1098,24 @@ class Muon(torch.optim.AdamW):
     def step(self):
         super().step()
         lr, decay = (self.param_groups[0][name] for name in ("lr", "weight_decay"))
-        directions = []
-        moving = [p for p in self.matrices if p.grad is not None]  # not those of idle U-Nets
-        for k, p in enumerate(moving):
-            if p not in self.state:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            momentum = self.state[p]["momentum"]
-            momentum.mul_(0.95).add_(p.grad)
-            m = (p.grad + 0.95 * momentum).flatten(1)
-            mine = k % world() == rank()  # each process computes some, the sum has all
-            directions.append(orthogonal(m) if mine else torch.zeros_like(m))
-        for p, direction in zip(moving, map(across, directions)):
-            rate = lr * max(direction.shape) ** 0.5
-            p.mul_(1 - lr * decay).sub_(rate * direction.view_as(p))
+        alike = {}  # matrices of one shape are made orthogonal together
+        for p in self.matrices:
+            if p.grad is not None:  # not those of idle U-Nets
+                alike.setdefault(p.flatten(1).shape, []).append(p)
+        for params in alike.values():
+            m = torch.stack([self.moved(p) for p in params])
+            mine, direction = slice(rank(), None, world()), torch.zeros_like(m)
+            direction[mine] = orthogonal(m[mine])  # each process computes some, the sum has all
+            rate = lr * max(m.shape[1:]) ** 0.5
+            for p, d in zip(params, across(direction)):
+                p.mul_(1 - lr * decay).sub_(rate * d.view_as(p))
+
+    def moved(self, p):
+        """G + 0.95 M, with the new M."""
+        if p not in self.state:
+            self.state[p]["momentum"] = torch.zeros_like(p)
+        momentum = self.state[p]["momentum"].mul_(0.95).add_(p.grad)
+        return (p.grad + 0.95 * momentum).flatten(1)
 
     def zero_grad(self):
         super().zero_grad()
@@ -1124,17 +1129,18 @@ def orthogonal(m):
     X <- S X,   S = a + b X X^T + c (X X^T)^2   leaves U and V and drives the singular values to
     about 1: these a, b and c are the fastest, and end between 0.7 and 1.2. All S are polynomials of
     the same square matrix, so only these are multiplied: a third of the time, as m is much longer
-    than high. m: (rows, columns).
+    than high. m: (..., rows, columns).
     """
-    x = m.T if m.shape[0] > m.shape[1] else m
-    x = x / (x.norm() + 1e-7)
-    square = x @ x.T
-    product = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    high = m.shape[-2] > m.shape[-1]
+    x = m.mT if high else m
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    square = x @ x.mT
+    product = identity = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     for _ in range(5):
         step = 3.4445 * identity - 4.775 * square + 2.0315 * square @ square
         product, square = step @ product, step @ square @ step
     x = product @ x
-    return x.T if m.shape[0] > m.shape[1] else x
+    return x.mT if high else x
 
 
 def make_optimizer(player, settings):

@@ -19,7 +19,7 @@ TITLES = {"2": "Foundations", "3": "Generative models", "4": "The system", "5": 
 GREEK = "alpha|beta|eps|theta|phi|lambda|mu|sigma|tau|xi|pi|Sigma|Phi|grad|infinity"
 SIGNS = dict(zip(GREEK.split("|"), "αβεθφλμστξπΣΦ∇∞"))
 ROOTED = re.compile(r"sqrt\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)")  # two more levels inside
-SUB = re.compile(r"(?<![A-Za-z]{2})_(?:\{([^{}]*)\}|(\w+))")  # not in names such as kl_weight
+SUB = re.compile(r"_\{([^{}]*)\}|(?<![A-Za-z]{2})_(\w+)")  # not in names such as kl_weight
 ANCHOR = re.compile(r"\W+")  # 3.12 has the anchor 3-12
 SUP = re.compile(r"\^(?:\{([^{}]*)\}|\(([^()]*)\)|(-?\w+))")
 
@@ -102,11 +102,12 @@ def section(file, name, of_map, errata, tests):
     marks = "".join(f'<a id="{ANCHOR.sub("-", row[0])}"></a>' for row in of_map)
     what = "; ".join(f"<b>{typeset(row[0])}</b> {prose(row[1])}" for row in of_map)
     source, notes, links = f'<a href="../../{file}">{file}</a>', "", ""
-    for number, where, printed, right, _ in errata:
-        if number in doc + code:
+    names = dict.fromkeys(re.findall(r"`(\w+)`", " ".join(row[3] for row in of_map)))
+    for number, where, printed, right, shown in errata:
+        if number in doc + code or names.keys() & set(re.findall(r"`(\w+)`", shown)):
             notes += f"<p><b>{number}</b>, {where}. Printed: {prose(printed)}. "
             notes += f"Right: {prose(right)}.</p>"
-    for test in dict.fromkeys(re.findall(r"`(\w+)`", " ".join(row[3] for row in of_map))):
+    for test in names:
         link = f"../../tests/{tests[test]}#:~:text={test}"
         links += f'<li><a href="{link}"><code>{test}</code></a></li>'
     return (

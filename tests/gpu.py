@@ -53,6 +53,8 @@ def update_of(model, batch, precision):
 
 def images_per_second(model, batch, precision, updates):
     """Images per second, and the most memory in GiB, of updates after one that does not count."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     update = update_of(model, batch, precision)
     update()
     wait()

@@ -1,12 +1,13 @@
 """How true are the colours of a palette model?
 
-    python tests/palettes.py RUN [COUNT]     256 unseen palettes, 64 colours, 64 pairs of hues
+    python tests/palettes.py RUN PICTURE [COUNT]     256 unseen palettes, 64 colours and 64 pairs
 
 First table: the transport distance (`fid.palette_distance`) between the palette that was asked for
 and that of the picture. The palettes are those of painted pictures that no model has seen; "chance"
 asks for one palette and looks at the picture of another; "first stage" looks at the reconstruction
 of the real picture. Then single colours: how far is the dominant colour from the one asked for?
 Then pairs of opposite hues: are both there, with a share above 10 % and nearer than Delta-E 20?
+PICTURE shows nine steps from one colour to another, straight in LAB and from the same noise.
 """
 
 import colorsys
@@ -19,6 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import fid
+import ldm
+import plots
 import sample
 
 HOW = {"sampler": "dpm", "steps": 20}
@@ -72,12 +75,23 @@ def opposite_hues(model, count, scale):
     return near.mean(-1) > 0.1
 
 
+def interpolation(model, first, last, steps=9, seed=0):
+    """Pictures on the straight line in LAB from one colour to another, from the same noise."""
+    a, b = (torch.from_numpy(data.read_colours([word])) for word in (first, last))
+    asked = torch.stack([torch.lerp(a, b, share) for share in torch.linspace(0, 1, steps)])
+    return sample.generate(model, asked, seeds=[seed] * steps, **HOW)
+
+
 def main():
-    if len(sys.argv) < 2:
-        raise data.UserError("expected a run folder of train.py --stage ldm --condition palette")
+    if len(sys.argv) < 3:
+        raise data.UserError("expected a run of --condition palette, and the name of a picture")
     model = sample.load(sys.argv[1])
+    if not isinstance(model, ldm.PaletteDiffusion):
+        raise data.UserError(f"{sys.argv[1]}: knows labels only; train.py --condition palette")
     data.tune("cpu")
-    count = int(sys.argv[2]) if len(sys.argv) > 2 else 256
+    paths = [interpolation(model, *pair) for pair in (("gold", "navy"), ("white", "darkred"))]
+    data.save(plots.tiles(np.concatenate(paths), 9), sys.argv[2])
+    count = int(sys.argv[3]) if len(sys.argv) > 3 else 256
     for name, values in unseen(model, count).items():
         error = values.std() / len(values) ** 0.5
         print(f"{name:12} {values.mean():6.2f} +- {error:.2f}  median {np.median(values):6.2f}")

@@ -847,6 +847,15 @@ def test_5_3_1_scales_side_by_side(run, refused, undisturbed, tmp_path):
     assert "needs --n 2 or more" in refused("sample", *common, "--n", 1)
 
 
+def test_a_pyramid_is_sampled_with_noise_by_default():
+    """Its U-Nets make errors of their own; a deterministic sampler would carry them along."""
+    how = {"seeds": [0, 1], "steps": 4}
+    plain, pyramid = {"sampler": "plms"}, {"sampler": "dpm", "eta": 1.0}
+    for model, own in ((tiny(), plain), (tiny(**PYRAMID), pyramid)):
+        a, b = (list(denoise(model, [0, 1], **how, **more))[-1][1] for more in ({}, own))
+        assert torch.equal(a, b)
+
+
 def test_a_model_guides_where_the_noise_is_strong_and_says_so(
     run, refused, undisturbed, cin, tmp_path
 ):

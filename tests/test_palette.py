@@ -1,6 +1,9 @@
 """A palette instead of a label: tokens that attend (4.4.4, E52), and how true the colours are."""
 
+import itertools
+
 import numpy as np
+import palettes as measures
 import pytest
 import test_ldm
 import torch
@@ -129,6 +132,14 @@ def test_a_token_depends_on_its_colour_alone_and_missing_ones_have_their_own():
     colour = tokens.palettes(torch.tensor([0, 1]))  # a label, then the zero-label
     torch.testing.assert_close(colour[0, 0, :3], torch.tensor(LAB["red"]).float())
     assert colour[0, 0, 3] == UNKNOWN and (colour[0, 1:] == 0).all() and (colour[1] == 0).all()
+
+
+def test_the_order_of_tokens_does_not_matter():
+    layer = stir(CrossAttention(32, 12, heads=2)).double()
+    x, context = randn(3, 10, 32).double(), randn(3, 4, 12).double()
+    for order in itertools.permutations(range(4)):
+        other = layer(x, context[:, order])
+        torch.testing.assert_close(other, layer(x, context), rtol=0, atol=1e-12)
 
 
 def test_the_order_of_colours_does_not_matter_but_colours_and_shares_do():
@@ -356,6 +367,21 @@ def test_a_run_with_palettes_draws_colours_labels_and_attention(run, refused, tr
         (("--attention",), "--attention: needs --colours or --like"),
     ):
         assert message in refused("sample", *common, *words)
+
+
+def test_the_measures_of_colours_run_on_a_palette_model(
+    trained, undisturbed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(measures.HOW, "steps", 2)
+    out = tmp_path / "path.png"
+    monkeypatch.setattr("sys.argv", ["palettes.py", str(trained), str(out), "4"])
+    measures.main()
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("chance", "first stage", "scale 5: one colour"))
+    assert Image.open(out).size == (9 * 66 + 2, 2 * 66 + 2)  # two paths of nine steps
+    monkeypatch.setattr("sys.argv", ["palettes.py", str(undisturbed), str(out)])
+    with pytest.raises(UserError, match="knows labels only"):
+        measures.main()
 
 
 def test_a_label_model_refuses_colours_but_avoids_a_label(run, refused, undisturbed, tmp_path):

@@ -1,15 +1,19 @@
 """Every stage, sampler and metric on a GPU that is not there: no tensor is on the wrong device."""
 
+import gpu as gpu_program
 import pytest
 import test_ldm
 import torch
 from conftest import make_tiny_model
 from pretend import device, place
-from test_ldm import ARGUMENTS
+from test_ldm import ARGUMENTS, stir
 
 import fid
+import ldm
 import sample
 import train
+from data import run_program
+from vqgan import PerceptualLoss
 
 folder, first_stage = test_ldm.folder, test_ldm.first_stage
 
@@ -88,10 +92,11 @@ FIRST += " --preview-every 3 --groups 2 --disc-channels 8 --quantise-from 1 --di
         "--bottleneck vq",
         "--bottleneck vq --adversarial 0 --precision float32 --save-every 1",
         "--bottleneck kl --equivariant --optimizer muon --views 8 --crop 16 --disc-layers 1",
-        "--bottleneck none --adversarial-loss vanilla --no-adaptive",
+        "--bottleneck none --adversarial-loss vanilla --no-adaptive --perceptual-files made",
     ],
 )
-def test_first_stages_train_on_it(gpu, tmp_path, more):
+def test_first_stages_train_on_it(gpu, tmp_path, monkeypatch, more):
+    monkeypatch.setattr(ldm, "load_perceptual", lambda files: stir(PerceptualLoss()))
     words = f"{FIRST} {more} --device {gpu.pretended} --out {tmp_path}/run".split()
     train.train(*train.parse(words))
 
@@ -111,13 +116,18 @@ def test_the_latent_model_trains_on_it(gpu, folder, first_stage, tmp_path, more)
     train.train(*train.parse([*words, "--updates", "2", "--out", str(tmp_path / "run")]))
 
 
+CLASSIFIER = (
+    "--stage classifier --overfit 8 --batch 4 --model small --channels 16 --multipliers 1 1"
+)
+
+
 def test_a_classifier_trains_on_it_and_guides(gpu, tiny_model, tmp_path):
-    words = f"--stage classifier --run {tiny_model} --updates 2 --overfit 8 --batch 4 --model small"
-    words += f" --channels 16 --multipliers 1 1 --device {gpu.pretended} --out {tmp_path}/run"
+    words = f"{CLASSIFIER} --run {tiny_model} --updates 2"
+    words += f" --device {gpu.pretended} --out {tmp_path}/run"
     train.train(*train.parse(words.split()))
     model = sample.load(tiny_model, device=gpu.pretended)
     guide = sample.load_classifier(tmp_path / "run", model)
-    for sampler in ("ddpm", "plms"):
+    for sampler in sample.SAMPLERS:
         how = {"sampler": sampler, "steps": 2, "classifier": guide, "scale": 3.0, "progress": False}
         assert sample.generate(model, ["A", "none"], **how).shape == (2, 32, 32, 3)
 
@@ -128,7 +138,7 @@ def test_samplers_run_on_it(gpu, tiny_model, sampler, bf16):
     model = sample.load(tiny_model, device=gpu.pretended)
     for scale, clip, eta in ((2.0, True, 0.0), (1.0, False, 0.5), (0.0, None, 1.0)):
         how = {"sampler": sampler, "steps": 3, "scale": scale, "clip": clip, "bf16": bf16}
-        how |= {"eta": eta if sampler == "ddim" else 0.0, "progress": False}
+        how |= {"eta": eta if sampler in ("ddim", "dpm") else 0.0, "progress": False}
         assert sample.generate(model, ["A"], count=2, **how).shape == (2, 32, 32, 3)
 
 
@@ -140,6 +150,23 @@ def test_bound_and_ode_run_on_it(gpu, run, tmp_path):
         assert code == 0, err
 
 
+def test_pictures_of_a_palette_model_and_its_first_stage_are_drawn_on_it(
+    gpu, run, folder, first_stage, tmp_path
+):
+    out, where = tmp_path / "run", ["--device", gpu.pretended]
+    more = ["--condition", "palette", "--data", folder, "--first-stage", first_stage]
+    words = [*ARGUMENTS, *more, "--updates", 2, "--out", out, *where]
+    train.train(*train.parse([str(word) for word in words]))
+    for words in (
+        ("--run", out, "--steps", 2, "--attention", "--colours", "gold", "navy", "--n", 2),
+        ("--run", out, "--steps", 2, "--colours", "gold", "--away", "red", "--n", 2),
+        ("--run", first_stage, "--reconstruct", folder),
+        ("--prior", first_stage, "--n", 2),
+    ):
+        code, _, err = run("sample", *words, *where, "--out", tmp_path / "a.png")
+        assert code == 0, err
+
+
 def test_metrics_run_on_it(gpu):
     images = torch.randint(0, 256, (4, 32, 32, 3), dtype=torch.uint8)
     features = fid.letters_features(device=gpu.pretended)(images)
@@ -148,14 +175,25 @@ def test_metrics_run_on_it(gpu):
     assert place(inception(images)) == "cpu"
 
 
-@pytest.mark.parametrize("stage", ["letters", "vqgan", "ldm", "pyramid"])
-def test_an_update_does_not_wait_for_it(monkeypatch, folder, first_stage, tmp_path, stage):
+def test_without_a_gpu_its_program_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        run_program(gpu_program.main)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "no CUDA GPU here" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", ["letters", "vqgan", "ldm", "pyramid", "classifier"])
+def test_an_update_does_not_wait_for_it(
+    monkeypatch, folder, first_stage, tiny_model, tmp_path, stage
+):
     """Six more updates, none of which is logged, add nothing that waits for the GPU."""
     words = {
         "letters": LETTERS.split(),
         "vqgan": f"{FIRST} --bottleneck vq".split(),
         "ldm": ARGUMENTS,
-        "pyramid": [*ARGUMENTS, "--pyramid", 32],
+        "pyramid": [*ARGUMENTS, "--pyramid", 32, "--condition", "palette", "--optimizer", "muon"],
+        "classifier": f"{CLASSIFIER} --run {tiny_model}".split(),
     }[stage]
     words = [*map(str, words), "--device", "cuda", "--precision", "float32"]
     if stage in ("ldm", "pyramid"):

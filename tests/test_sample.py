@@ -250,24 +250,31 @@ def test_plms_does_not_look_ahead_where_that_does_harm(steps):
     assert ode_error(plms, steps, a=a) < 0.8 * ode_error(ddim, steps, a=a)
 
 
-def test_dpm_solver_against_its_paper():
+@pytest.mark.parametrize("eta", [0, 1])
+def test_dpm_solver_against_its_paper(eta):
     """On uneven steps:  x' = (sigma'/sigma) x - alpha' (e^-h - 1) D  with
-    D = (1 + 1/2r) x_0 - 1/(2r) x_0_before,  r = h_before / h."""
-    times, x = [1000, 900, 640, 630, 300, 17], randn(5)
+    D = (1 + 1/2r) x_0 - 1/(2r) x_0_before,  r = h_before / h;  with noise (eta 1)
+    x' = (sigma'/sigma) e^-h x + alpha' (1 - e^-2h) D + sigma' sqrt(1 - e^-2h) xi."""
+    times, x, noise = [1000, 900, 640, 630, 300, 17], randn(5), noises(5)
 
     def eps(x, t):
         return torch.tanh(x + t / 1000)
 
     alpha, sigma = A.sqrt(), (1 - A).sqrt()
-    lam, ours = (alpha / sigma).log(), last(dpm(eps, x, times, A))
-    x_0 = before = None
+    lam, ours = (alpha / sigma).log(), last(dpm(eps, x, times, A, eta, noise))
+    x_0, before, noise = None, None, noises(5)  # the same noise again
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         x_0, before = (x - sigma[t] * eps(x, t)) / alpha[t], x_0
         h, D = lam[t_next] - lam[t], x_0
         if i:
             r = (lam[t] - lam[times[i - 1]]) / h
             D = (1 + 1 / (2 * r)) * x_0 - before / (2 * r)
-        x = sigma[t_next] / sigma[t] * x - alpha[t_next] * ((-h).exp() - 1) * D
+        if eta:
+            kept = 1 - (-2 * h).exp()
+            x = sigma[t_next] / sigma[t] * (-h).exp() * x + alpha[t_next] * kept * D
+            x = x + sigma[t_next] * kept.sqrt() * noise()
+        else:
+            x = sigma[t_next] / sigma[t] * x - alpha[t_next] * ((-h).exp() - 1) * D
     torch.testing.assert_close(ours, x)
 
 
@@ -729,7 +736,7 @@ def test_command_line_says_when_guidance_means_nothing(run, tmp_path):
         (("--scales", 1, "inf"), "--scales inf"),
         (("--n", 0), "1 or more"),
         (("--eta", 2, "--sampler", "ddim"), "expected 0 to 1"),
-        (("--eta", 0.5), "only with --sampler ddim"),
+        (("--eta", 0.5), "eta 0.5 has no meaning for plms"),
         (("--classifier", "runs/classifier"), "only with --guidance classifier"),
         (("--guidance", "classifier", "--guide-above", 1), "not with --guidance classifier"),
         (("--gif", "--out", "a.png"), "end it with .gif"),
@@ -818,12 +825,13 @@ def test_b10_what_no_sampler_can_do_is_a_sentence(tiny_model):
         ({"sampler": "plms", "eta": 0.5}, "eta 0.5 has no meaning for plms"),
         ({"scale": -1.0}, "guidance scale -1; expected 0 or more"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((ValueError, UserError), match=words):
             list(denoise(model, [0], [0], steps=2, **more))
 
 
-def test_ddim_gets_the_eta_of_the_command_line(draw, tmp_path):
-    how = ("--label", "A", "--n", 1, "--sampler", "ddim")
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+def test_samplers_get_the_eta_of_the_command_line(draw, tmp_path, sampler):
+    how = ("--label", "A", "--n", 1, "--sampler", sampler)
     draw(tmp_path / "a.png", *how)
     draw(tmp_path / "b.png", *how, "--eta", 1)
     a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
