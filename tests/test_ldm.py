@@ -263,6 +263,7 @@ PYRAMID = {"pyramid": (32,), "predict": "v"}
 def pyramid(levels, **changes):
     """A tiny model whose U-Nets see the given runs of t: [(level, steps), ...]."""
     model = tiny(**PYRAMID | changes)
+    assert isinstance(model.unet, ldm.Pyramid)
     model.unet.level.copy_(torch.tensor([k for k, steps in levels for _ in range(steps)]))
     return model
 
