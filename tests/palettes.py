@@ -90,7 +90,7 @@ def main():
         raise data.UserError(f"{sys.argv[1]}: knows labels only; train.py --condition palette")
     data.tune("cpu")
     paths = [interpolation(model, *pair) for pair in (("gold", "navy"), ("white", "darkred"))]
-    plots.save(plots.tiles(np.concatenate(paths), 9), sys.argv[2])
+    plots.save(sample.tiles(np.concatenate(paths), 9, side=128), sys.argv[2])
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 256
     for name, values in unseen(model, count).items():
         error = values.std() / len(values) ** 0.5

@@ -378,7 +378,7 @@ def test_the_measures_of_colours_run_on_a_palette_model(
     measures.main()
     told = capsys.readouterr().out
     assert all(name in told for name in ("chance", "first stage", "scale 5: one colour"))
-    assert Image.open(out).size == (9 * 66 + 2, 2 * 66 + 2)  # two paths of nine steps
+    assert Image.open(out).size == (9 * 130 + 2, 2 * 130 + 2)  # two paths of nine steps
     monkeypatch.setattr("sys.argv", ["palettes.py", str(undisturbed), str(out)])
     with pytest.raises(UserError, match="knows labels only"):
         measures.main()
