@@ -99,25 +99,24 @@ def ddim_step(x, e, a, a_next, sigma=0.0):
     return a_next**0.5 * x_0 + (1 - a_next - sigma**2) ** 0.5 * e, x_0
 
 
-def ddim_sigma(a, a_next, eta):
-    """4.6.1:  sigma = eta sqrt((1 - a')/(1 - a)) sqrt(1 - a/a'), the noise of a `ddim_step`.
+def noisy_step(x, e, a, a_next, eta, noise):
+    """4.6.1, `ddim_step` and its noise, with sigma = eta sqrt((1 - a')/(1 - a)) sqrt(1 - a/a').
 
-    eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling. ValueError if eta is
-    not between 0 and 1: there is no such step.
+    eta = 0 is deterministic, eta = 1 has the variance of ancestral sampling. eta > 0 needs
+    `noise`, a function () -> xi. ValueError if eta is not between 0 and 1: there is no such step.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta {eta:g}; expected 0 to 1")
-    return eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+    sigma = eta * ((1 - a_next) / (1 - a) * (1 - a / a_next)) ** 0.5
+    x, x_0 = ddim_step(x, e, a, a_next, sigma)
+    return x + sigma * noise() if sigma else x, x_0
 
 
 def ddim(eps, x, times, alpha_bar, eta=0.0, noise=None):
-    """4.6.1, DDIM: `ddim_step` with the sigma of `ddim_sigma`. eta > 0 needs `noise`, () -> xi."""
+    """4.6.1, DDIM: a `noisy_step` per time step."""
     for t, t_next in zip(times, times[1:]):
         a, a_next = alpha_bar[t].item(), alpha_bar[t_next].item()
-        sigma = ddim_sigma(a, a_next, eta)
-        x, x_0 = ddim_step(x, eps(x, t), a, a_next, sigma)
-        if sigma:
-            x = x + sigma * noise()
+        x, x_0 = noisy_step(x, eps(x, t), a, a_next, eta, noise)
         yield t_next, x, x_0
 
 
@@ -161,8 +160,8 @@ def dpm(eps, x, times, alpha_bar, eta=0.0, noise=None):
 
     PLMS extrapolates eps over the index of the step. This sampler extrapolates x_0 over lambda,
     half the logarithm of the signal-to-noise ratio, with one evaluation per step. lambda is
-    infinite at t = 0, so the step to t = 0 is plain DDIM. eta and noise: as for `ddim`; fresh noise
-    covers the errors that earlier steps have made.
+    infinite at t = 0, so the step to t = 0 is plain DDIM. eta and noise: see `noisy_step`; fresh
+    noise covers the errors that earlier steps have made.
     """
     lam = (alpha_bar / (1 - alpha_bar)).log() / 2
     before = h_before = None
@@ -173,10 +172,8 @@ def dpm(eps, x, times, alpha_bar, eta=0.0, noise=None):
         first_order = before is None or t_next == 0
         x_0_prime = x_0 if first_order else x_0 + (x_0 - before) * (h / (2 * h_before))
         before, h_before = x_0, h
-        sigma = ddim_sigma(a, a_next, eta)
-        x, _ = ddim_step(x, (x - a**0.5 * x_0_prime) / (1 - a) ** 0.5, a, a_next, sigma)
-        if sigma:
-            x = x + sigma * noise()
+        e_prime = (x - a**0.5 * x_0_prime) / (1 - a) ** 0.5
+        x, _ = noisy_step(x, e_prime, a, a_next, eta, noise)
         yield t_next, x, x_0
 
 
@@ -310,11 +307,11 @@ SAMPLERS = {"plms": plms, "ddim": ddim, "ddpm": ddpm, "dpm": dpm}
 
 
 def sampler_of(model, sampler=None, eta=None):
-    """A sampler and its eta. None means the model's own."""
+    """A sampler and its eta. None means the model's own. ValueError if it takes no eta."""
     usual = model.sampler if sampler is None else (sampler, 0.0)
     sampler, eta = usual[0], usual[1] if eta is None else eta
     if eta and sampler not in ("ddim", "dpm"):
-        raise UserError(f"eta {eta:g} has no meaning for {sampler}, only for ddim and dpm")
+        raise ValueError(f"eta {eta:g} has no meaning for {sampler}, only for ddim and dpm")
     return sampler, eta
 
 
@@ -852,7 +849,10 @@ def open_models(args, device):
         model.shape = model.shape[0], args.size // factor, args.size // factor
     if args.guide_above is None:
         args.guide_above = model.guide_above
-    args.sampler, args.eta = sampler_of(model, args.sampler, args.eta)
+    try:
+        args.sampler, args.eta = sampler_of(model, args.sampler, args.eta)
+    except ValueError:
+        raise UserError("--eta: only with --sampler ddim or dpm") from None
     names = ("sampler", "steps", "scale", "guide_above", "eta", "clip")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"bf16": args.precision == "bf16", "classifier": None, "away": None}

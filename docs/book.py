@@ -6,7 +6,6 @@ the errata that it mentions and the tests of its rows in the map. Standard libra
 
 import ast
 import html
-import inspect
 import io
 import keyword
 import re
@@ -58,7 +57,7 @@ def prose(text):
 def explanation(doc):
     """A docstring as HTML: indented blocks are formulas, and so is what follows "eq. 3.9:  "."""
     found = []
-    for block in re.split(r"\n\s*\n", inspect.cleandoc(doc)):
+    for block in re.split(r"\n\s*\n", doc):
         title, colon, rest = block.partition(":  ")
         if not found and colon and "\n" not in title:
             formula, _, block = rest.partition("\n")
@@ -102,12 +101,12 @@ def section(file, name, of_map, errata, tests):
     marks = "".join(f'<a id="{ANCHOR.sub("-", row[0])}"></a>' for row in of_map)
     what = "; ".join(f"<b>{typeset(row[0])}</b> {prose(row[1])}" for row in of_map)
     source, notes, links = f'<a href="../../{file}">{file}</a>', "", ""
-    names = dict.fromkeys(re.findall(r"`(\w+)`", " ".join(row[3] for row in of_map)))
+    shown_by = dict.fromkeys(re.findall(r"`(\w+)`", " ".join(row[3] for row in of_map)))
     for number, where, printed, right, shown in errata:
-        if number in doc + code or names.keys() & set(re.findall(r"`(\w+)`", shown)):
-            notes += f"<p><b>{number}</b>, {where}. Printed: {prose(printed)}. "
-            notes += f"Right: {prose(right)}.</p>"
-    for test in names:
+        if number in doc + code or shown_by.keys() & set(re.findall(r"`(\w+)`", shown)):
+            both = f"Printed: {prose(printed)}. Right: {prose(right)}."
+            notes += f"<p><b>{number}</b>, {where}. {both}</p>"
+    for test in shown_by:
         link = f"../../tests/{tests[test]}#:~:text={test}"
         links += f'<li><a href="{link}"><code>{test}</code></a></li>'
     return (
@@ -127,17 +126,17 @@ def page(title, body):
 
 def pages():
     """File name -> HTML. A function stands on the page of the first row that names it."""
-    errata, tests, functions, index = rows("errata.md"), {}, {}, ""
+    errata, tests, functions, home, index = rows("errata.md"), {}, {}, {}, ""
     for path in (ROOT / "tests").glob("test_*.py"):
         tests |= dict.fromkeys(re.findall(r"def (test_\w+)", path.read_text()), path.name)
     for row in rows("map.md"):
-        for entry in re.findall(r"`([^`]+)`", row[2]):
-            functions.setdefault(tuple(entry.split(":")), []).append(row)
-    home = {key: min(re.search(r"\d", own[0][0])[0], "5") for key, own in functions.items()}
-    for row in rows("map.md"):
-        key = tuple(re.search(r"`([^`]+)`", row[2])[1].split(":"))
-        link = f'<a href="chapter_{home[key]}.html#{ANCHOR.sub("-", row[0])}">{typeset(row[0])}</a>'
-        index += f"<tr><td>{link}<td>{prose(row[1])}<td><code>{key[1]}</code>\n"
+        keys = [tuple(entry.split(":")) for entry in re.findall(r"`([^`]+)`", row[2])]
+        for key in keys:
+            home.setdefault(key, min(re.search(r"\d", row[0])[0], "5"))
+            functions.setdefault(key, []).append(row)
+        link = f"chapter_{home[keys[0]]}.html#{ANCHOR.sub('-', row[0])}"
+        what = f"<td>{prose(row[1])}<td><code>{keys[0][1]}</code>"
+        index += f'<tr><td><a href="{link}">{typeset(row[0])}</a>{what}\n'
     written = {"index.html": page("Equations", f"<table>{index}</table>")}
     for number, title in TITLES.items():
         keys = [key for key in functions if home[key] == number]

@@ -686,9 +686,10 @@ def test_eps_from_v_and_what_l_simple_sees_of_it():
 def test_a6_fewer_steps_end_in_the_same_noise(schedule):
     """With betas that do not depend on T, T = 100 would end at sqrt(alpha_bar) = 0.6."""
     whole = Diffusion(schedule()).alpha_bar[-1].sqrt()
+    most = 0.05 if schedule is log_linear_schedule else 0.02  # its log SNR ends at -6
     for T in (50, 100, 4000):
         end = Diffusion(schedule(T)).alpha_bar[-1].sqrt()
-        assert end < 0.05 and abs(end - whole) < 0.01  # 0.0497 with log_linear_schedule
+        assert end < most and abs(end - whole) < 0.01
     assert (schedule(3) <= 0.999).all()
 
 
