@@ -338,14 +338,14 @@ class Latent(Diffusion):
 
 # fmt: off
 SMALL = {
-    Letters: dict(updates=3000, batch=32, lr=1e-3, channels=32, multipliers=(1, 2, 3, 4), ema=0.998,
-                  predict="v"),
+    Letters: dict(updates=2500, batch=32, lr=1e-3, optimizer="muon", channels=32,
+                  multipliers=(1, 2, 3, 4), ema=0.998, predict="v"),
     Classifier: dict(updates=1000, batch=64, lr=1e-3, channels=32, multipliers=(1, 2, 3, 4),
                      ema=0.998),
     FirstStage: dict(updates=4000, lr=3e-4, optimizer="muon", views=8, channels=16, ema=0.995,
                      multipliers=(1, 2, 4, 4), blocks=1, attention_levels=(), groups=1,
                      bottleneck="kl", kl_weight=1e-3, codes=512, adversarial=0.0, disc_channels=32),
-    Latent: dict(updates=4000, batch=32, lr=2e-3, optimizer="muon", views=8, strategy="ddp",
+    Latent: dict(updates=3600, batch=32, lr=2e-3, optimizer="muon", views=8, strategy="ddp",
                  channels=64, multipliers=(1, 1), pyramid=(64, 96), blocks=1, groups=4,
                  attention_levels=(1,), context_channels=128, ema=0.999, predict="v",
                  schedule="log_linear", p_uncond=0.1),

@@ -627,7 +627,7 @@ def test_bad_flags_are_one_clear_line(refused, tmp_path, monkeypatch, arguments,
 def test_help_shows_the_value_of_every_setting_of_both_sizes(run):
     code, text, _ = run("train", "--stage", "ldm", "--help")
     text = " ".join(text.split())
-    for words in ("(default 6.4e-05; small model 0.002)", "(default 88000; small model 4000)"):
+    for words in ("(default 6.4e-05; small model 0.002)", "(default 88000; small model 3600)"):
         assert code == 0 and words in text
 
 
@@ -662,16 +662,16 @@ def test_a14_a_preview_has_at_most_forty_labels(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "device, memory, speed, size, line",
     [
-        ("cpu", 0, 1.0, "small", "no NVIDIA or AMD GPU here; its 3,000 updates take about 50 min."),
-        ("mps", 0, 0.1, "small", "no NVIDIA or AMD GPU here; its 3,000 updates take about 5 min."),
+        ("cpu", 0, 1.0, "small", "no NVIDIA or AMD GPU here; its 2,500 updates take about 42 min."),
+        ("mps", 0, 0.1, "small", "no NVIDIA or AMD GPU here; its 2,500 updates take about 4 min."),
         (
             "cuda",
             4,
             0.05,
             "small",
-            "does not fit into this GPU; its 3,000 updates take about 2 min.",
+            "does not fit into this GPU; its 2,500 updates take about 2 min.",
         ),
-        ("cuda", 24, 5.0, "small", "the thesis's would take 28 hours here; its 3,000"),
+        ("cuda", 24, 5.0, "small", "the thesis's would take 28 hours here; its 2,500"),
         ("cuda:0", 24, 0.9, "thesis", "it fits into this GPU; its 20,000 updates take about 5.0 h"),
         ("cuda:1", 80, 0.2, "thesis", "it fits into this GPU; its 20,000 updates take about 1.1 h"),
     ],
