@@ -58,6 +58,7 @@ class LabelledDiffusion(nn.Module):
     sampler = "plms", 0.0  # default of sample.py: its name and eta
     guide_above = 0.0  # default of sample.py: guide only at noise levels above, see `with_cfg`
     clip = False  # default of sample.py: clamp the predicted x_0, see `with_clipping`
+    bf16 = False  # samplers call the network inside autocast, see `compute_in_bf16`
 
     def __init__(self, unet, beta, classes, shape, predict="eps"):
         super().__init__()
@@ -68,6 +69,15 @@ class LabelledDiffusion(nn.Module):
     def device(self):
         """The device of x_t."""
         return next(self.parameters()).device
+
+    def compute_in_bf16(self):
+        """Sample in bfloat16 from now on. Autocast would cast the weights at every evaluation; here
+        they are cast once, with the same results. Sampler and guidance stay float32."""
+        for layer in self.unet.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.bfloat16()
+        self.bf16 = True
+        return self
 
     def condition(self, y):
         """4.4.4: the network's argument for the label, n tokens (B, n, context_channels).

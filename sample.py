@@ -327,7 +327,6 @@ def denoise(
     eta=None,
     clip=None,
     classifier=None,
-    bf16=False,
     away=None,
 ):
     """Run a sampler for the labels y, (B,), with one seed per image. Yields (t, x, x_0) per step.
@@ -346,7 +345,7 @@ def denoise(
     eps = with_cfg(model, y, 0 if classifier else scale, guide_above, away)
     if classifier and scale:
         gradient = classifier_gradient(classifier, y)
-    if bf16:  # per call: a generator that pauses inside autocast leaves it on for its reader
+    if model.bf16:  # per call: a generator that pauses inside autocast leaves it on for its reader
         autocast = torch.autocast(device.type, torch.bfloat16)
         eps, gradient = autocast(eps), gradient and autocast(gradient)
     if gradient and sampler != "ddpm":
@@ -535,7 +534,8 @@ def write_many(model, folder, labels, seeds, batch, settings):
     (of torchrun) makes the files r, r + R, ...
     """
     guide, extra = settings["classifier"], (sorted(model.settings.items()), model.shape)
-    made_by = {"model": fingerprint(model, *extra), "classifier": guide and fingerprint(guide)}
+    made_by = {"bf16": model.bf16, "model": fingerprint(model, *extra)}
+    made_by["classifier"] = guide and fingerprint(guide)
     check_settings(folder, settings | made_by)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     folders = [folder / name for name in [*model.classes, "none"]]
@@ -847,6 +847,8 @@ def open_models(args, device):
         factor = model.first_stage.factor
         check_size(args.size, model.settings)
         model.shape = model.shape[0], args.size // factor, args.size // factor
+    if args.precision == "bf16":
+        model.compute_in_bf16()
     if args.guide_above is None:
         args.guide_above = model.guide_above
     try:
@@ -855,7 +857,7 @@ def open_models(args, device):
         raise UserError("--eta: only with --sampler ddim or dpm") from None
     names = ("sampler", "steps", "scale", "guide_above", "eta", "clip")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {"bf16": args.precision == "bf16", "classifier": None, "away": None}
+    settings |= {"classifier": None, "away": None}
     if args.away and isinstance(model, PaletteDiffusion):
         settings["away"] = colour_palette(model, args.away).tolist()
     elif args.away:

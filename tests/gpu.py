@@ -139,9 +139,10 @@ def pictures():
     model = bench.latent_model(small=TOY).to(DEVICE).eval()
     count, steps = (2, 2) if TOY else (15, 50)
     for bf16 in (False, True):
+        if bf16:
+            model.compute_in_bf16()
         start = time.perf_counter()
-        how = {"count": count, "bf16": bf16, "progress": False, "steps": steps}
-        images = sample.generate(model, ["blue"], **how)
+        images = sample.generate(model, ["blue"], count=count, steps=steps, progress=False)
         precision = "bf16" if bf16 else "float32"
         what = f"{count} pictures of {images.shape[1]}, PLMS {steps}, guided, {precision}"
         yield what, f"{time.perf_counter() - start:.1f} s"

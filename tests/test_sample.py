@@ -471,7 +471,7 @@ def test_a_classifier_guides_the_zero_label(tiny_model, sampler):
     guided = generate(model, ["A", "B"], scale=7.0, classifier=Indifferent(), **how)
     assert np.array_equal(guided, generate(model, ["none", "none"], **how))
     classifier = Indifferent()
-    generate(model, "A", scale=7.0, classifier=classifier, bf16=True, **how)
+    generate(model.compute_in_bf16(), "A", scale=7.0, classifier=classifier, **how)
     assert classifier.autocast == {True} and not torch.is_autocast_enabled("cpu")
 
 
@@ -793,9 +793,16 @@ def test_eq_4_1_shifts_by_the_variance_that_is_asked_for():
 
 
 def test_bf16_networks_give_float32(tmp_path):
+    """The weights that are cast once give what autocast gives, bit for bit."""
     model = sample.load(make_tiny_model(tmp_path / "m.pt", predict="eps"))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert model.eps(torch.zeros(1, 3, 32, 32), 500, torch.tensor([0])).dtype == torch.float32
+    x, found = randn(1, 3, 32, 32).float(), []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(model.eps(x, 500, torch.tensor([0])))
+        model.compute_in_bf16()
+    assert found[0].dtype == torch.float32 and torch.equal(*found)
+    kinds = {name: value.dtype for name, value in model.unet.named_parameters()}
+    assert kinds["out.2.weight"] == torch.bfloat16 and kinds["out.0.weight"] == torch.float32
 
 
 def test_a5_pixel_models_that_predict_eps_are_clipped_unless_told_otherwise(tmp_path):
@@ -938,7 +945,7 @@ def test_every_flag_reaches_the_sampler(draw, tmp_path, monkeypatch):
     flags = ("--sampler", "ddim", "--eta", 0.5, "--scale", 3, "--guide-above", 1.5, "--clip")
     flags += ("--precision", "bf16", "--seed", 7)
     how = {"sampler": "ddim", "eta": 0.5, "scale": 3, "guide_above": 1.5, "clip": True}
-    how |= {"bf16": True, "steps": 2, "classifier": None, "away": None}
+    how |= {"steps": 2, "classifier": None, "away": None}
     everything = [*range(27)]
     for name, words, y, seeds in (
         ("a.png", ("--label", "B", "--n", 2), [1, 1], [7, 8]),
@@ -954,7 +961,7 @@ def test_every_flag_reaches_the_sampler(draw, tmp_path, monkeypatch):
     seen.clear()
     draw(tmp_path / "a.png")
     how = {"sampler": "plms", "eta": 0, "scale": 2, "guide_above": 0, "clip": None}
-    how |= {"bf16": False, "steps": 2, "classifier": None, "away": None}
+    how |= {"steps": 2, "classifier": None, "away": None}
     assert seen == [([26] * 16, [*range(16)], how)]
 
 
