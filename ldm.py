@@ -243,6 +243,7 @@ class LatentDiffusion(LabelledDiffusion):
         self.octaves = len(unet.unets) - 1 if isinstance(unet, Pyramid) else 0
         if self.octaves:
             self.sampler = "dpm", 1.0  # errors of one U-Net are covered by noise for the next
+            self.guide_above = 4.0  # below, a large scale would invent spots of the opposite colour
 
     def train(self, mode=True):
         super().train(mode)
@@ -464,7 +465,6 @@ def build_latent(settings, classes):
         context = nn.Embedding(len(classes) + 1, settings["context_channels"])
     options = settings["predict"], settings["latent_scale"]
     model = Model(unet, first_stage, context, beta, classes, shape, *options)
-    model.guide_above = settings.get("guide_above", 0.0)  # published models have no such setting
     return model.to(memory_format=torch.channels_last)
 
 

@@ -297,7 +297,6 @@ class Latent(Diffusion):
     latent_scale: float | None = setting(
         None, "factor (default: 1 for a published first stage, else 1/std)", kind=float, above=0
     )
-    guide_above: float = setting(0.0, "guide above this noise only, see sample.py", least=0)
     pyramid: tuple = setting(
         (), "channels of more U-Nets, each for half the side of the one before", kind=int, nargs="*"
     )
@@ -317,7 +316,7 @@ class Latent(Diffusion):
         names += "schedule T latent_scale"
         found = {name: model.settings[name] for name in names.split()}
         found["pyramid"] = model.settings.get("pyramid", ())
-        return found | {"guide_above": model.guide_above, "first_stage": None}
+        return found | {"first_stage": None}
 
     def complete(self):
         super().complete()

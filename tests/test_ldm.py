@@ -467,7 +467,7 @@ def test_average_leaves_the_first_stage_out():
 ARGUMENTS = ("--stage", "ldm", "--model", "thesis", "--device", "cpu", "--precision", "float32")
 ARGUMENTS += ("--channels", 32, "--multipliers", 1, 2, "--blocks", 1, "--groups", 2)
 ARGUMENTS += ("--predict", "v", "--lr", 1e-3, "--ema", 0.998, "--batch", 4, "--T", 4)
-ARGUMENTS += ("--updates", 8, "--guide-above", 8)
+ARGUMENTS += ("--updates", 8)
 ARGUMENTS += ("--save-every", 4, "--validate-every", 4, "--preview-every", 3)
 
 
@@ -572,7 +572,6 @@ def test_4_4_2_a_classifier_of_noised_latents_guides_its_model_alone(
         (("--pyramid", 40), "--pyramid (40,): needs multiples of 32"),
         (("--pyramid", 32, "--size", 20), "--size 20: expected a multiple of 8"),
         (("--latent-scale", 0), "--latent-scale 0.0: must be more than 0"),
-        (("--guide-above", -1), "--guide-above -1.0: must be at least 0"),
         (("--p-uncond", 2), "--p-uncond 2.0: must be at most 1"),
         (("--first-stage", "nowhere"), "nowhere: no such file"),
     ],
@@ -857,21 +856,20 @@ def test_a_pyramid_is_sampled_with_noise_by_default():
         assert torch.equal(a, b)
 
 
-def test_a_model_guides_where_the_noise_is_strong_and_says_so(
+def test_a_model_with_a_pyramid_guides_where_the_noise_is_strong_and_says_so(
     run, refused, undisturbed, cin, tmp_path
 ):
-    """The model's --guide-above is the default of sample.py, which writes it down. Published models
-    always guide."""
-    assert (load_model(undisturbed).guide_above, load_model(cin).guide_above) == (8, 0)
-    assert Latent().guide_above == 0
-    model, out = tiny(guide_above=8.0), tmp_path / "set"
+    """The model's threshold is the default of sample.py, which writes it down. Others always
+    guide."""
+    assert (load_model(undisturbed).guide_above, load_model(cin).guide_above) == (0, 0)
+    model, out = tiny(**PYRAMID), tmp_path / "set"
     own, same, plain = (
         list(denoise(model, [0, 1], [0, 1], steps=4, scale=15.0, **more))[-1][1]
-        for more in ({}, {"guide_above": 8.0}, {"guide_above": 0.0})
+        for more in ({}, {"guide_above": 4.0}, {"guide_above": 0.0})
     )
     assert torch.equal(own, same) and (own - plain).abs().max() > 1e-3
     common = ("--run", undisturbed, "--steps", 2, "--label", 0)
-    for more, value in ((), 8.0), (("--guide-above", 0), 0.0):
+    for more, value in ((), 0.0), (("--guide-above", 8), 8.0):
         how = (*common, "--per-label", 1, "--out", out / str(value), *more)
         code, _, err = run("sample", *how)
         assert code == 0, err
