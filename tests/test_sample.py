@@ -981,7 +981,8 @@ def test_raw_weights_are_those_of_the_model_and_of_the_classifier(draw, tmp_path
 def test_eq_4_1_ancestral_sampling_gets_the_gradient_once_and_its_scale():
     """The guided `denoise` is the sampler with the zero-label's eps, beta_tilde and gradient."""
     model, y, seeds, times = GaussianModel(), torch.tensor([0, 1]), [3, 4], timesteps(1000, 20)
-    model.shape, model.device, model.guide_above, model.clip = (), torch.device("cpu"), 0.0, False
+    model.shape, model.device, model.guide_above = (), torch.device("cpu"), 0.0
+    model.clip = model.bf16 = False
     noise, gradient = ImageNoise(seeds, (), "cpu"), classifier_gradient(Tilt(), y)
     more = (noise, "beta_tilde", gradient, 2.5)
     expected = ddpm(lambda x, t: model.eps(x, t, 2 + 0 * y), noise(), times, A, *more)
