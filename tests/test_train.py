@@ -261,7 +261,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path, monkeypatch):
 
     monkeypatch.setattr(LettersStage, "preview", preview)
     how = ("--updates", 2, "--lr", 0.01, "--clip", 0.05, "--weight-decay", 0.5, "--warmup", 2)
-    how = (*SMALL, *how, "--ema", 0.5, "--out", tmp_path / "run")
+    how = (*SMALL, "--optimizer", "adamw", *how, "--ema", 0.5, "--out", tmp_path / "run")
     train.train(*train.parse([*map(str, how)]))
     progress, found = newest_checkpoint(tmp_path / "run")
     s = LettersStage(Letters(**progress["settings"]))
