@@ -315,8 +315,7 @@ class Latent(Diffusion):
         names = "channels multipliers blocks attention_levels groups context_channels predict "
         names += "schedule T latent_scale"
         found = {name: model.settings[name] for name in names.split()}
-        found["pyramid"] = model.settings.get("pyramid", ())
-        return found | {"first_stage": None}
+        return found | {"pyramid": model.settings.get("pyramid", ()), "first_stage": None}
 
     def complete(self):
         super().complete()
@@ -408,6 +407,11 @@ def new_settings(Kind, typed):
 
 def resumed_settings(Kind, saved, typed):
     """The settings of a saved run. Of the typed ones, only those marked `resume` may differ."""
+    if unknown := saved.keys() - {f.name for f in fields(Kind)}:
+        raise UserError(
+            f"this run has settings that this version does not know: {', '.join(sorted(unknown))}. "
+            "Resume it with the version that began it, or begin another with --out"
+        )
     settings = Kind(**saved)
     for f in fields(settings):
         old = getattr(settings, f.name)

@@ -251,6 +251,12 @@ def by_hand(s, updates, clip, decay):
     return names, parameters, average
 
 
+def test_a_run_of_another_version_is_one_clear_line():
+    saved = vars(Letters()) | {"guide_above": 8.0}
+    with pytest.raises(UserError, match="does not know: guide_above. Resume it with the version"):
+        train.resumed_settings(Letters, saved, {})
+
+
 def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path, monkeypatch):
     """Two updates by hand, against those of the loop; clipping and decay are large."""
     shown = []
