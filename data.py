@@ -118,11 +118,10 @@ def whole_file(path):
         temporary.unlink(missing_ok=True)
 
 
-def picture_name(path):
-    """`path`, if it is a name for a picture."""
+def check_picture_name(path):
+    """UserError unless Pillow can write a picture of this name."""
     if FORMATS.get(Path(path).suffix.lower()) not in Image.SAVE:
         raise UserError(f"{path}: not the name of a picture; end it with .png")
-    return path
 
 
 # --------------------------------------------------------------------------------------------------
@@ -961,6 +960,9 @@ def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", replace=F
 # --------------------------------------------------------------------------------------------------
 
 
+ROWS, LOSS, VALIDATION, CODES, PREVIEW, SHUFFLE, BALANCED = range(1, 8)  # what `rng` is for
+
+
 def rng(*key):
     """A random generator (CPU) that is a function of `key`, whole numbers."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
@@ -984,7 +986,7 @@ def endless(position, size, seed, *key):
 def rows_of_update(seed, n, batch, size):
     """Which of `size` images update n (from 0) sees: the next `batch` of an endless chain of
     permutations, one per epoch."""
-    return endless(np.arange(n * batch, (n + 1) * batch), size, seed, 1)
+    return endless(np.arange(n * batch, (n + 1) * batch), size, seed, ROWS)
 
 
 def balanced_rows_of_update(seed, n, batch, labels):
@@ -1000,8 +1002,8 @@ def balanced_rows_of_update(seed, n, batch, labels):
     rows = np.empty(batch, np.int64)
     for k, value in enumerate(present):
         members = np.flatnonzero(labels == value)
-        rows[label == k] = members[endless(turn[label == k], len(members), seed, 4, k)]
-    return rows[torch.randperm(batch, generator=rng(seed, n, 6)).numpy()]
+        rows[label == k] = members[endless(turn[label == k], len(members), seed, BALANCED, k)]
+    return rows[torch.randperm(batch, generator=rng(seed, n, SHUFFLE)).numpy()]
 
 
 # --------------------------------------------------------------------------------------------------

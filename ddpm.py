@@ -32,9 +32,10 @@ def elbo(q, joint):
     """eq. 2.19:  L(q) = E_{z~q}[log p(z, x)] - E_{z~q}[log q(z)]  <=  log p(x).
 
     Insert p(z|x) = p(z, x) / p(x) into D(q || p(z|x)). log p(x), the integral of eq. 2.8, does not
-    depend on z and leaves the expectation (eq. 2.14): D(q || p(z|x)) = -L(q) + log p(x) (eq. 2.16).
-    This is >= 0 (eq. 2.17), so L is a lower bound (eq. 2.18). The q with the largest L is the
-    nearest one (eq. 2.21), as long as p, and so log p(x), does not change (eq. 2.20, E06).
+    depend on z, so it can be taken out of the expectation (eq. 2.14):
+    D(q || p(z|x)) = -L(q) + log p(x) (eq. 2.16). This is >= 0 (eq. 2.17), so L is a lower bound
+    (eq. 2.18). The q with the largest L is the nearest one (eq. 2.21), as long as p, and so
+    log p(x), does not change (eq. 2.20, E06).
     Eq. 2.15 prints -L (E05); with it, 2.16 and 2.18 would be wrong.
 
     q: probabilities q(z) over the last axis; joint: p(z, x) for one x. Returns (...,), nats.
@@ -65,30 +66,30 @@ def linear_schedule(T=1000, start=None, end=None):
     return torch.linspace(start, end, T, dtype=torch.float64).clamp(max=0.999)
 
 
-def sqrt_linear_schedule(T=1000, start=None, end=None):
+def sqrt_linear_schedule(T=1000):
     """sqrt(beta_t) linear in t: the published latent model, which calls it "linear" (E35).
 
-    From 1.5 / T to 19.5 / T, at most 0.999.
+    beta from 1.5 / T to 19.5 / T, at most 0.999.
     """
-    start, end = 1.5 / T if start is None else start, 19.5 / T if end is None else end
-    beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+    beta = torch.linspace((1.5 / T) ** 0.5, (19.5 / T) ** 0.5, T, dtype=torch.float64) ** 2
     return beta.clamp(max=0.999)
 
 
-def cosine_schedule(T=1000, s=0.008):
+def cosine_schedule(T=1000):
     """3.5.5, [13]: alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + s)/(1 + s) pi/2); beta <= 0.999."""
-    t = torch.arange(T + 1, dtype=torch.float64)
+    t, s = torch.arange(T + 1, dtype=torch.float64), 0.008
     f = torch.cos((t / T + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
-def log_linear_schedule(T=1000, first=7.0, last=-6.0):
+def log_linear_schedule(T=1000):
     """log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)) linear in t (not in the thesis).
 
-    Coarse and fine details are drawn at different log SNR (`ldm.damp`); all get as many steps.
+    From 7 to -6. Coarse and fine details are drawn at different log SNR (`ldm.damp`). So every
+    range of log SNR gets the same number of steps.
     After variational diffusion models (Kingma and others, 2021).
     """
-    log_snr = torch.linspace(first, last, T, dtype=torch.float64)
+    log_snr = torch.linspace(7, -6, T, dtype=torch.float64)
     alpha_bar = torch.cat([torch.ones(1), torch.sigmoid(log_snr)])  # of t = 0..T
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
@@ -179,12 +180,10 @@ class Diffusion:
         Returns (mean, variance).
         """
         alpha, beta = self.at(self.alpha, t, x_t), self.at(self.beta, t, x_t)
-        alpha_bar, beta_bar = (
-            self.at(self.alpha_bar, t - 1, x_t),
-            self.at(self.beta_bar, t - 1, x_t),
-        )
-        mean = alpha.sqrt() * beta_bar * x_t + alpha_bar.sqrt() * beta * x_0
-        return mean / self.at(self.beta_bar, t, x_t), self.at(self.beta_tilde, t, x_t)
+        alpha_bar_prev = self.at(self.alpha_bar, t - 1, x_t)
+        beta_bar_prev, beta_bar = self.at(self.beta_bar, t - 1, x_t), self.at(self.beta_bar, t, x_t)
+        mean = alpha.sqrt() * beta_bar_prev * x_t + alpha_bar_prev.sqrt() * beta * x_0
+        return mean / beta_bar, self.at(self.beta_tilde, t, x_t)
 
     def predict_x0(self, x_t, t, eps):
         """eq. 3.9 solved for x_0:  (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
@@ -235,16 +234,26 @@ class Diffusion:
 
     # 3.5.4  Training objective
 
-    def loss(self, eps_theta, x_0, t, noise):
+    def loss(self, model, x_0, t, noise, predict="eps"):
         """3.5.4, L_simple:  E_{t, x_0, eps} || eps - eps_theta(x_t, t) ||^2  with x_t of eq. 3.9.
 
         The squared distance is averaged over elements. The thesis calls it L_t, but the true L_t
         has a weight (E31, see `bound_term`). It is dropped by choice: it is by far the largest at
-        the first few t, which would outweigh the rest.
-        eps_theta: function (x_t, t) -> eps. Returns one value per image, (B,), float32.
+        the first few t, which would outweigh the rest. predict: see `target`.
+        model: function (x_t, t) -> prediction. Returns one value per image, (B,), float32.
         """
-        prediction = eps_theta(self.q_sample(x_0, t, noise), t)
-        return (noise - prediction).float().square().flatten(1).mean(1)
+        error = self.target(x_0, t, noise, predict) - model(self.q_sample(x_0, t, noise), t)
+        return error.float().square().flatten(1).mean(1)
+
+    def target(self, x_0, t, noise, predict):
+        """What a network learns to predict: the noise eps as in the thesis, or (not in it)
+
+        v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0,    flow: u = eps - x_0
+        """
+        if predict == "v":
+            alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_0), self.at(self.beta_bar, t, x_0)
+            return alpha_bar.sqrt() * noise - beta_bar.sqrt() * x_0
+        return {"eps": noise, "flow": noise - x_0}[predict]
 
     # Beyond the thesis: score, signal-to-noise ratio, SDE and ODE
 
@@ -272,9 +281,9 @@ class Diffusion:
 
             eps: SNR,   x_0: 1,   v: SNR + 1,   flow: (sqrt(SNR) + 1)^2,   SNR = alpha_bar/beta_bar
 
-        An error d of x_0 at a given x_t is, by 3.9, one of -sqrt(SNR) d in eps. `eps_from_v` and
-        `eps_from_flow` divide these by sqrt(alpha_bar) and by sqrt(alpha_bar) / (sqrt(alpha_bar) +
-        sqrt(beta_bar)).
+        An error d of x_0 at a given x_t is, by 3.9, one of -sqrt(SNR) d in eps. That of v is the
+        error of eps divided by sqrt(alpha_bar), see `eps_from_v`; that of u is the error of eps
+        divided by sqrt(alpha_bar) / (sqrt(alpha_bar) + sqrt(beta_bar)), see `eps_from_flow`.
         """
         snr = self.alpha_bar[1:] / self.beta_bar[1:]
         table = {"eps": snr, "x_0": torch.ones_like(snr), "v": snr + 1}
@@ -324,7 +333,7 @@ class Diffusion:
 
             sqrt(1/N) / sqrt(alpha_bar_T S^2 + beta_bar_T / N)
 
-        which falls with N. `LatentDiffusion.start` therefore begins at the mean of q(x_T).
+        which falls with N. Of a mean other than 0, a part is lost too: see `LatentDiffusion.start`.
         """
         right = self.alpha_bar[-1] * deviation**2 + self.beta_bar[-1] / positions
         return (1 / positions / right).sqrt().item()
@@ -416,9 +425,9 @@ def drop_labels(y, zero_label, p, u):
 
     There is one draw per label, not a fixed share as in the thesis's example of ten labels. Unlike
     fig. 4.7, this changes no tensor of the caller and takes its random numbers as an argument.
-    y: (B,) labels, or (B, n), n per image, dropped together; u: (B,) uniform in [0, 1).
+    y, u: equal shapes, labels and uniform in [0, 1).
     """
-    return torch.where((u < p).view(*u.shape, *[1] * (y.dim() - u.dim())), zero_label, y)
+    return torch.where(u < p, zero_label, y)
 
 
 def classifier_free_guidance(eps_zero, eps_y, scale):

@@ -42,8 +42,9 @@ def psnr(x, x_r):
     return 10 * torch.log10(4 / error.clamp(min=1e-10))
 
 
-def gradient_energy(x):
-    """3.2.1: mean absolute difference of neighbouring pixels, (B,). x: (B, 3, H, W) in [-1, 1]."""
+def total_variation(x):
+    """3.2.1: mean |difference| of horizontal neighbours plus that of vertical ones, (B,), the total
+    variation. x: (B, 3, H, W) in [-1, 1]."""
     x = x.clamp(-1, 1)
     return x.diff(dim=-1).abs().mean((1, 2, 3)) + x.diff(dim=-2).abs().mean((1, 2, 3))
 

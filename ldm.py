@@ -1,9 +1,8 @@
 """Sections 3.5.3, 3.6, 4.4.3 to 4.4.5, 4.4.7 and 4.5: diffusion models as objects, and their files.
 
 A model is a network with its schedule and the names of its labels. `PixelDiffusion` draws letters;
-`LatentDiffusion` draws in the latent space of a first stage. Training and sampling use only
-`shape`, `eps`, `loss` and `decode` of a model. Below: models from settings, our files, published
-files.
+`LatentDiffusion` draws in the latent space of a first stage. Training needs its `loss`, samplers
+its `eps`, `start` and `decode`. Below: models from settings, our files, published files.
 """
 
 import errno
@@ -82,10 +81,10 @@ class LabelledDiffusion(nn.Module):
     def condition(self, y):
         """4.4.4: the network's argument for the label, n tokens (B, n, context_channels).
 
-        y: labels (B,) or (B, n), or the tokens themselves: any embedding, such as that of a sound,
-        can be the context (1.2, 6.2).
+        y: labels (B,), or the tokens themselves: any embedding, such as that of a sound, can be the
+        context (1.2, 6.2).
         """
-        return {"context": y if y.is_floating_point() else self.context(y.view(len(y), -1))}
+        return {"context": y if y.is_floating_point() else self.context(y[:, None])}
 
     def cross_attentions(self):
         """The layers of the network that read the context (4.4.4)."""
@@ -101,11 +100,15 @@ class LabelledDiffusion(nn.Module):
         """x_T, where a sampler starts: N(0, I)."""
         return noise
 
-    def eps(self, x, t, y):
-        """eps_theta(x_t, t, y). t: 1..T, an int or (B,)."""
+    def output(self, x, t, y):
+        """The network's prediction: eps, v or the flow."""
         x = x.contiguous(memory_format=torch.channels_last)
         out = self.unet(x, network_time(t, x), **self.condition(y))
-        out = out.to(x.dtype)  # samplers would amplify the rounding of bf16
+        return out.to(x.dtype)  # samplers would amplify the rounding of bf16
+
+    def eps(self, x, t, y):
+        """eps_theta(x_t, t, y). t: 1..T, an int or (B,)."""
+        out = self.output(x, t, y)
         if self.predict == "eps":
             return out
         convert = {"v": self.diffusion.eps_from_v, "flow": self.diffusion.eps_from_flow}
@@ -113,13 +116,7 @@ class LabelledDiffusion(nn.Module):
 
     def loss(self, x_0, y, t, noise):
         """The squared error of the prediction, one value per image; for eps L_simple (3.5.4)."""
-        loss = self.diffusion.loss(lambda x, t: self.eps(x, t, y), x_0, t, noise)
-        if self.predict == "eps":
-            return loss
-        alpha_bar = self.diffusion.at(self.diffusion.alpha_bar, t, loss)
-        if self.predict == "v":
-            return loss / alpha_bar
-        return loss * (1 + (1 / alpha_bar - 1).sqrt()) ** 2  # see `Diffusion.loss_weights`
+        return self.diffusion.loss(lambda x, t: self.output(x, t, y), x_0, t, noise, self.predict)
 
 
 class Pyramid(nn.Module):
@@ -148,12 +145,13 @@ class Pyramid(nn.Module):
         alpha_bar = diffusion.alpha_bar[1:].float()  # t starts at 0 here
         self.register_buffer("alpha_bar", alpha_bar, persistent=False)
         self.register_buffer("level", torch.zeros(len(alpha_bar), dtype=torch.long))
-        self.only = None  # while training: the U-Net of all t in an update; a GPU is not asked
+        self.only = None  # in training, the U-Net of this update: a GPU need not say which t it has
 
     def divide(self, z, drowned=0.1):
-        """Decide which U-Net sees which t. A detail is drowned if it deviates less than `drowned`
-        times as much as its noise; the smallest k x k that lose only such ones are taken. z: x_0 of
-        some images. (A third would be too much: all details of a long edge together are seen.)"""
+        """Decide which U-Net sees which t. A detail is drowned if its standard deviation is below
+        `drowned` times that of its noise. Each t gets the U-Net of the largest k whose mean loses
+        only drowned details. z: x_0 of some images. (With 0.3, the many details along a long edge
+        would still be visible together.)"""
         snr = self.alpha_bar / (1 - self.alpha_bar)
         self.level.zero_()
         for level in range(len(self.unets) - 1):
@@ -173,14 +171,14 @@ class Pyramid(nn.Module):
 
     def v(self, level, x, t, context):
         """The prediction of one U-Net, as the v of x."""
-        k, a = 2**level, self.alpha_bar[t].view(-1, 1, 1, 1)
+        k, alpha_bar = 2**level, self.alpha_bar[t].view(-1, 1, 1, 1)
         if k == 1:
             return self.unets[0](x, t, context=context).to(x.dtype)
-        q = a + (1 - a) / k**2
-        y = F.avg_pool2d(x, k) / q.sqrt()
+        q = alpha_bar + (1 - alpha_bar) / k**2
+        y, a = F.avg_pool2d(x, k) / q.sqrt(), alpha_bar / q
         v = self.unets[level](y, t, context=context).to(x.dtype)
-        x_0 = (a / q).sqrt() * y - (1 - a / q).sqrt() * v
-        return (a.sqrt() * x - F.interpolate(x_0, scale_factor=k)) / (1 - a).sqrt()
+        x_0 = F.interpolate(a.sqrt() * y - (1 - a).sqrt() * v, scale_factor=k)
+        return (alpha_bar.sqrt() * x - x_0) / (1 - alpha_bar).sqrt()
 
 
 def damp(z, factor, octaves):
@@ -189,9 +187,9 @@ def damp(z, factor, octaves):
         D_n(z) = repeat(D_{n-1}(m)) + factor^n (z - repeat(m)),   D_0(z) = z,   m = mean_{2x2}(z)
 
     The noise of a diffusion on D(z) drowns details while the means are still seen. So a picture is
-    drawn from coarse to fine, and means need not be told what is finer. Each part of a picture so
-    has a schedule of its own, as in blurring diffusion (Hoogeboom and Salimans, 2023). 1 / factor
-    is the inverse. octaves: n, the halvings of H and W.
+    drawn from coarse to fine: the coarse part is finished before the fine one begins. In blurring
+    diffusion, too, each part of a picture has its own schedule (Hoogeboom and Salimans, 2023).
+    1 / factor is the inverse. octaves: n, the halvings of H and W.
     """
     if not octaves:
         return z
@@ -229,8 +227,8 @@ class LatentDiffusion(LabelledDiffusion):
     `Pyramid`, details of z are smaller, see `damp`.
 
     The label is a context (4.4.4). context: the embeddings of the labels, 9 x 512 in the thesis,
-    the zero-label last. Labels y (B, n) are n tokens. Labels y (B,) are one token per image;
-    cross-attention then adds the same vector at every position (E52).
+    the zero-label last. A label is one token; cross-attention then adds the same vector at every
+    position (E52).
     latent_scale: 1 in the thesis and in published models (E54), else 1/std of the latents.
     mean: the mean latent of each label's training images, (K + 1, C), see `start`.
     """
@@ -256,15 +254,15 @@ class LatentDiffusion(LabelledDiffusion):
         return next(self.first_stage.parameters()).device
 
     def start(self, y, noise):
-        """x_T of eq. 3.9 for the label's mean colour: q(x_T) and not N(0, I) (not in the thesis).
+        """x_T of eq. 3.9 for an x_0 of the label's mean colour, not N(0, I) (not in the thesis).
 
-        sqrt(alpha_bar_T) is small, 0.012 in the thesis, but the mean is the same at all positions:
-        a picture of 256 x 256 (N = 1024) would lose 11 % of its mean colour. Published models have
-        the mean 0.
+        sqrt(alpha_bar_T) is small, 0.012 in the thesis, but the mean is the same at all N = 1024
+        positions. If the colours of pictures have the mean 1 and the deviation 0.3, a start at
+        N(0, I) loses 11 % of that mean. Published models have the mean 0.
         """
         if y.is_floating_point():  # tokens: no label's mean is theirs
             y = torch.full((len(y),), self.zero_label, device=y.device)
-        x_0 = self.mean[y.view(len(y), -1)].mean(1)[:, :, None, None]
+        x_0 = self.mean[y][:, :, None, None]
         return self.diffusion.q_sample(x_0, self.diffusion.T, noise)
 
     @torch.no_grad()
@@ -301,8 +299,8 @@ class PaletteTokens(nn.Module):
         self.missing = nn.Parameter(torch.randn(channels))
 
     def palettes(self, y):
-        """Palettes (B, 4, 4) from shorter ones (B, n, 4), or from labels (B,) or (B, n)."""
-        y = y if y.is_floating_point() else self.table[y.view(len(y), -1)]
+        """Palettes (B, 4, 4) from shorter ones (B, n, 4), or from labels (B,)."""
+        y = y if y.is_floating_point() else self.table[y][:, None]
         return F.pad(y, (0, 0, 0, MOST_COLOURS - y.shape[1]))
 
     def forward(self, palettes):
@@ -315,15 +313,15 @@ class PaletteTokens(nn.Module):
         return torch.where(share == 0, self.missing, tokens)
 
 
-def told_colours(palettes, p, u):
-    """What training tells of palettes (B, 4, 4): with probability p nothing (4.4.3). Else the first
+def drop_colours(palettes, p, u):
+    """What training shows of palettes (B, 4, 4): with probability p nothing (4.4.3). Else the first
     one, two, three or four colours, and in half of the cases not their shares. u: (B,) uniform in
     [0, 1)."""
     case = ((u - p) / (1 - p) * 8).floor().clamp(min=-1).long()[:, None]  # -1 = nothing, else 0..7
     share = palettes[..., 3]
     share = torch.where((case % 2 == 1) & (share > 0), UNKNOWN, share)
-    told = torch.arange(MOST_COLOURS, device=case.device) <= case.div(2, rounding_mode="floor")
-    return torch.cat([palettes[..., :3], share[..., None]], dim=-1) * told[..., None]
+    shown = torch.arange(MOST_COLOURS, device=case.device) <= case.div(2, rounding_mode="floor")
+    return torch.cat([palettes[..., :3], share[..., None]], dim=-1) * shown[..., None]
 
 
 class PaletteDiffusion(LatentDiffusion):
@@ -365,7 +363,6 @@ class GuidingClassifier(nn.Module):
         super().__init__()
         self.network, self.diffusion = network, Diffusion(beta)
         self.classes, self.shape, self.space = list(classes), tuple(shape), space
-        self.zero_label = len(classes)
 
     def log_f(self, x, t):
         """log f(y | x_t, t) for every label, (B, K), float32. t: 1..T, an int or (B,)."""
@@ -375,7 +372,7 @@ class GuidingClassifier(nn.Module):
     def loss(self, x_0, y, t, noise):
         """The cross-entropy -log f(y | x_t, t), one value per image."""
         log_f = self.log_f(self.diffusion.q_sample(x_0, t, noise), t)
-        return -log_f.gather(1, y[:, None])[:, 0]
+        return F.nll_loss(log_f, y, reduction="none")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,7 +392,7 @@ def build_letters(settings, classes):
     """The letters model (4.4.5). Its label is added to the time embedding or, as 4.4.5 compares, is
     a token that cross-attention reads."""
     sizes = (settings["channels"], tuple(settings["multipliers"]), settings["blocks"])
-    attention = settings.get("condition") == "attention"  # not in older files
+    attention = settings["condition"] == "attention"
     width = 4 * settings["channels"] if attention else None
     unet = letters_unet(*sizes, len(classes) + 1, width)
     context = nn.Embedding(len(classes) + 1, width) if attention else None
@@ -424,14 +421,14 @@ def build_first_stage(settings):
         bottleneck = NoBottleneck()
     names = ("channels", "multipliers", "blocks", "attention_levels", "z_channels", "groups")
     model = VQGAN(**{name: s[name] for name in names}, bottleneck=bottleneck)
-    model.equivariant = s.get("equivariant", False)  # published models have no such setting
+    model.equivariant = s["equivariant"]
     return model.to(memory_format=torch.channels_last)
 
 
 def build_unet_of_level(settings, z_channels, level):
-    """The U-Net of the latent model for a 2^level-th of the side, see `Pyramid`. It has attention
-    on pictures of the same side as the largest one, and on smaller ones."""
-    channels = (settings["channels"], *settings.get("pyramid", ()))[level]
+    """The U-Net of the latent model for a 2^level-th of the side, see `Pyramid`. Smaller ones
+    have attention at the sides where the largest one has it, and below."""
+    channels = (settings["channels"], *settings["pyramid"])[level]
     multipliers, attention = tuple(settings["multipliers"]), settings["attention_levels"]
     if level and attention:
         attention = [i for i in range(len(multipliers)) if i + level >= min(attention)]
@@ -444,7 +441,7 @@ def build_unet_of_level(settings, z_channels, level):
 def check_size(size, settings):
     """UserError unless first stage, U-Net and pyramid can halve a side of `size` pixels."""
     halvings = len(settings["first_stage_settings"]["multipliers"]) - 1
-    halvings += len(settings["multipliers"]) - 1 + len(settings.get("pyramid", ()))
+    halvings += len(settings["multipliers"]) - 1 + len(settings["pyramid"])
     if size % 2**halvings:
         raise UserError(f"--size {size}: expected a multiple of {2**halvings}")
 
@@ -454,10 +451,10 @@ def build_latent(settings, classes):
     first_stage = build_first_stage(settings["first_stage_settings"])
     z_channels, side = first_stage.z_channels, settings["size"] // first_stage.factor
     beta, shape = SCHEDULES[settings["schedule"]](settings["T"]), (z_channels, side, side)
-    levels = range(1 + len(settings.get("pyramid", ())))  # older and published files have one
+    levels = range(1 + len(settings["pyramid"]))
     unets = [build_unet_of_level(settings, z_channels, level) for level in levels]
     unet = Pyramid(unets, Diffusion(beta)) if len(unets) > 1 else unets[0]
-    if settings.get("condition") == "palette":  # not in older files
+    if settings["condition"] == "palette":
         Model, colours = PaletteDiffusion, [COLOURS[name] for name in classes]
         context = PaletteTokens(colours, settings["context_channels"])
     else:
@@ -652,7 +649,7 @@ FIRST_STAGES = {
     (8, 8, 1, 1): {"multipliers": (1, 2, 4, 4), "attention_levels": (), "z_channels": 4},
 }
 ALL_FIRST_STAGES = {"channels": 128, "blocks": 2, "groups": 32, "size": 256, "quantise_from": 0}
-ALL_FIRST_STAGES |= {"beta": 0.25, "released": True, "kl_weight": 1e-6}
+ALL_FIRST_STAGES |= {"beta": 0.25, "released": True, "kl_weight": 1e-6, "equivariant": False}
 
 # The known U-Net: cin (on vq-f8), by the shape of the first convolution.
 LATENT_UNETS = {
@@ -660,6 +657,7 @@ LATENT_UNETS = {
 }
 ALL_LATENT_UNETS = {"blocks": 2, "groups": 32, "context_channels": 512, "size": 256}
 ALL_LATENT_UNETS |= {"schedule": "sqrt_linear", "predict": "eps", "latent_scale": 1.0}
+ALL_LATENT_UNETS |= {"condition": "label", "pyramid": (), "p_uncond": 0.0}
 
 PREFIXES = {  # published -> ours
     "model.diffusion_model.": "unet.",
@@ -715,7 +713,6 @@ def published_latent(state, path):
     first_stage = first_stage_settings(raw, path, "first_stage.")
     settings = known_network(LATENT_UNETS, raw, "unet.input_blocks.0.0.weight", path)
     settings = ALL_LATENT_UNETS | settings | {"T": steps, "first_stage_settings": first_stage}
-    settings["p_uncond"] = 0.0
     classes = [str(i) for i in range(len(raw["context.weight"]))]
     zero_label = raw["context.weight"].mean(0, keepdim=True)
     raw["context.weight"] = torch.cat([raw["context.weight"], zero_label])

@@ -399,7 +399,7 @@ def main():
         if (value := getattr(args, name, None)) is not None and value < least:
             raise UserError(f"--{name} {value}: must be {least} or more")
     if args.command is not relabel_command:  # its --out is a folder
-        data.picture_name(args.out)
+        data.check_picture_name(args.out)
     args.command(args)
     print(f"wrote {args.out}")
 

@@ -43,12 +43,12 @@ from ddpm import (
 )
 from fid import (
     compare,
-    gradient_energy,
     letters_features,
     mean_colour_distances,
     offline_features,
     paintings_features,
     psnr,
+    total_variation,
     variety,
 )
 from ldm import PaletteDiffusion, check_size, fingerprint, load_model, space_of
@@ -222,11 +222,12 @@ def with_cfg(model, y, scale, guide_above=0.0, away=None):
     ValueError for a negative scale. away: labels in the form of y to avoid, see `guidance_away`,
     with the weight max(1, scale - 1).
 
-    guide_above: N (not in the thesis). A scale above 1 holds while the noise is above N, that is
-    sqrt((1 - alpha_bar_t) / alpha_bar_t) > N; then the scale is 1. Let x_0 of label y be a Gaussian
-    with mean m_y and deviation S. The mean of the samples is then not m_0 + s (m_y - m_0) but
+    guide_above: the end of a guidance interval (Kynkaanniemi and others, 2024; not in the thesis).
+    A scale above 1 holds while the noise sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t) is above
+    this sigma; then the scale is 1. Let x_0 of label y be a Gaussian with mean m_y and deviation S.
+    The mean of the samples is then not m_0 + s (m_y - m_0) but
 
-        m_y + S / sqrt(S^2 + N^2) (s - 1) (m_y - m_0)
+        m_y + S / sqrt(S^2 + sigma^2) (s - 1) (m_y - m_0)
 
     So a large scale mostly moves directions of large deviation S, such as the mean colour.
     """
@@ -275,8 +276,8 @@ def with_classifier(eps, gradient, scale, alpha_bar):
 def with_clipping(eps, diffusion):
     """eps(x, t) with x_0 clamped to [-1, 1]: for pixels only; not in the thesis (E29).
 
-    Where alpha_bar_t is almost 0, `predict_x0` divides the error of eps by it. The cosine schedule
-    begins at 2e-9: without the clamp, no sampler recovers.
+    `predict_x0` divides the error of eps by sqrt(alpha_bar_t). With the cosine schedule, sampling
+    begins at alpha_bar_T = 2e-9: without the clamp, no sampler recovers.
     """
 
     def clipped(x, t):
@@ -383,9 +384,7 @@ def load_classifier(run, model, weights="ema", compile=False):
 
 
 def label_number(model, label):
-    """The number of a label: a name in any case, a number, "none" (the zero-label), or a list."""
-    if isinstance(label, list | tuple | np.ndarray):
-        return [label_number(model, one) for one in label]
+    """The number of a label: a name in any case, a number, or "none" (the zero-label)."""
     names = [*model.classes, "none"]
     numbers = {str(i): i for i in range(len(names))}
     if isinstance(label, str):  # the exact name wins over the name in another case
@@ -409,7 +408,7 @@ def colour_palette(model, colours):
 @torch.no_grad()
 def generate(
     model,
-    labels=None,
+    labels="none",
     seeds=None,
     count=1,
     seed=0,
@@ -421,8 +420,8 @@ def generate(
 ):
     """`count` images per label, one label after the other: (N, H, W, 3) uint8.
 
-    labels: one or a list, see `label_number`; a list of lists for several tokens; or the tokens
-    themselves, a float tensor (N, n, channels), see `LabelledDiffusion.condition`.
+    labels: one or a list, see `label_number`; or tokens, a float tensor (N, n, channels), see
+    `LabelledDiffusion.condition`.
     colours: instead of labels a palette, such as ["gold", "#1e90ff:0.3"], see `data.read_colours`.
     seeds: one per image; default: seed, seed + 1, ... more: further arguments of `denoise`.
     """
@@ -432,7 +431,7 @@ def generate(
         y = labels.repeat_interleave(count, dim=0)
     else:
         labels = [labels] if np.ndim(labels) == 0 else labels
-        y = np.repeat([label_number(model, label) for label in labels], count, axis=0)
+        y = np.repeat([label_number(model, label) for label in labels], count)
     seeds = seed + np.arange(len(y)) if seeds is None else seeds
     parts, images = [slice(i, i + batch) for i in range(0, len(y), batch)], []
     with tqdm(total=len(parts) * steps, unit="step", disable=None if progress else True) as bar:
@@ -610,7 +609,7 @@ def losses_of(x, x_r):
     its reconstruction, (H, W, 3) uint8."""
     x, x_r = to_tensor(x[None]), to_tensor(x_r[None])
     l1 = (x - x_r).abs().mean() / 2
-    return [value.item() for value in (psnr(x, x_r), l1, gradient_energy(x), gradient_energy(x_r))]
+    return [value.item() for value in (psnr(x, x_r), l1, total_variation(x), total_variation(x_r))]
 
 
 LISTED = 40  # so many images are listed one by one; larger sets are compared as sets
@@ -808,7 +807,7 @@ def check(args):
                 raise UserError(f"--{name.replace('_', '-')} {value:g}: expected {low} or more")
     suffix, guided = Path(args.out or "").suffix.lower(), args.guidance == "classifier"
     if args.out and not args.per_label and (suffix or not args.reconstruct):
-        data.picture_name(args.out)
+        data.check_picture_name(args.out)
     all_labels = args.grid or args.scales or args.text is not None
     palette = args.colours or args.like
     for wrong, message in (
@@ -955,10 +954,8 @@ def main():
     data.tune(data.check_device(device))
     others = {"reconstruct": write_reconstructions, "prior": write_prior}
     others |= {"bound": write_bound, "ode": write_ode}
-    write = [function for name, function in others.items() if getattr(args, name)] or [
-        write_samples
-    ]
-    write[0](args, device)
+    write = next((write for name, write in others.items() if getattr(args, name)), write_samples)
+    write(args, device)
 
 
 if __name__ == "__main__":

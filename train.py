@@ -51,7 +51,7 @@ import plots
 import vqgan
 from data import UserError, rng, to_uint8, whole_file
 from ddpm import SCHEDULES, drop_labels
-from fid import gradient_energy, mean_colour_distances, psnr
+from fid import mean_colour_distances, psnr, total_variation
 from sample import draw_rows, images_by_label, load
 from unet import ResBlock, SpatialTransformer
 
@@ -87,13 +87,13 @@ class Settings:
     updates: int = setting(20_000, "updates to train", above=0, resume=True)
     batch: int = setting(512, "images per update, of all processes together", above=0)
     accumulate: int = setting(1, "compute a batch in so many parts", above=0, resume=True)
-    strategy: str = setting("ddp", "of several processes", choices=("ddp", "fsdp"), resume=True)
+    strategy: str = setting("ddp", "how processes share work", choices=("ddp", "fsdp"), resume=True)
     lr: float = setting(3e-4, "peak learning rate, whatever the batch", above=0)
     optimizer: str = setting("adamw", "muon learns faster", choices=("adamw", "muon"))
     constant_lr: bool = setting(False, "constant after warm-up; default: linear decay to 0")
     warmup: int = setting(100, "updates until the peak learning rate is reached", least=0)
-    weight_decay: float = setting(0.01, "of the optimizer", least=0)
-    clip: float = setting(1.0, "largest gradient norm", above=0)
+    weight_decay: float = setting(0.01, "weight decay of the optimizer", least=0)
+    grad_clip: float = setting(1.0, "largest gradient norm", above=0)
     blocks: int = setting(1, "residual blocks per level", above=0)
     channels: int = setting(64, "channels of the first level", above=0)
     multipliers: tuple = setting((1, 2, 4, 8), "channels per level / channels", kind=int, nargs="+")
@@ -101,7 +101,7 @@ class Settings:
     views: int = setting(1, "2 = images also mirrored (E41), 8 = also turned", choices=(1, 2, 8))
     balanced: bool = setting(False, "draw every label equally often")
     overfit: int = setting(0, "train on the first N images only, as a check; 0 = all", least=0)
-    seed: int = setting(0, "of the weights and of all random draws", least=0, below=2**62)
+    seed: int = setting(0, "seed of all that is random", least=0, below=2**62)
     precision: str = setting(
         "auto", "auto asks the CPU or GPU", choices=("auto", "float32", "bf16")
     )
@@ -111,7 +111,7 @@ class Settings:
     preview_every: int = setting(1000, "updates between previews", above=0, resume=True)
     save_every: int = setting(250, "updates between checkpoints", above=0, resume=True)
 
-    multiple = 16  # of which --channels must be a multiple
+    multiple = 16  # --channels must be a multiple of it
 
     def given(self):
         """Values that another model decides, such as that of --init."""
@@ -197,14 +197,14 @@ class FirstStage(Settings):
     accumulate: int = field(default=1, metadata={"flag": None})  # lambda needs the whole batch
     lr: float = 3.6e-5
     weight_decay: float = 0.0
-    clip: float = 100.0
+    grad_clip: float = 100.0
     ema: float = 0.0
     channels: int = 128
     multipliers: tuple = (1, 2, 2, 4)
     blocks: int = 2
     attention_levels: tuple = setting((3,), "0 = full resolution", kind=int, nargs="*")
     groups: int = setting(32, "groups of every GroupNorm", above=0)
-    bottleneck: str = setting("vq", "AE, VAE or VQ-VAE", choices=("none", "kl", "vq"))
+    bottleneck: str = setting("vq", "AE, VAE, VQ-VAE", choices=("none", "kl", "vq"))
     z_channels: int = setting(4, "channels of the latent, D of the code-book", above=0)
     codes: int = setting(16384, "number of codes, K of the code-book", above=0)
     beta: float = setting(0.25, "weight of the commitment loss (eq. 3.4)", least=0)
@@ -215,11 +215,13 @@ class FirstStage(Settings):
         None, "see `equivariant_change`; not for vq (default: small model)"
     )
     kl_weight: float = setting(1e-4, "weight of the KL term of a VAE (eq. 3.1)", least=0)
-    perceptual: float | None = setting(None, "its weight (default: 1 if it is there)", kind=float)
-    perceptual_files: str | None = setting(None, "folder of its weights", kind=str, path=True)
+    perceptual: float | None = setting(
+        None, "weight of the perceptual loss (default: 1 with its files)", kind=float
+    )
+    perceptual_files: str | None = setting(None, "folder of its files", kind=str, path=True)
     adversarial: float = setting(0.6, "weight of the adversarial loss, 0 = no VQ-GAN", least=0)
-    adversarial_loss: str = setting("hinge", "its form", choices=("hinge", "vanilla"))
-    adaptive: bool = setting(True, "multiply it by lambda (E18)")
+    adversarial_loss: str = setting("hinge", "form of that loss", choices=("hinge", "vanilla"))
+    adaptive: bool = setting(True, "multiply that loss by lambda (E18)")
     disc_start: int | None = setting(None, "(default: updates / 2, at most 10000)", kind=int)
     disc_channels: int = setting(64, "channels of the discriminator", above=0)
     disc_layers: int = setting(2, "halvings in the discriminator", above=0)
@@ -315,7 +317,7 @@ class Latent(Diffusion):
         names = "channels multipliers blocks attention_levels groups context_channels predict "
         names += "schedule T latent_scale"
         found = {name: model.settings[name] for name in names.split()}
-        return found | {"pyramid": model.settings.get("pyramid", ()), "first_stage": None}
+        return found | {"pyramid": model.settings["pyramid"], "first_stage": None}
 
     def complete(self):
         super().complete()
@@ -437,8 +439,8 @@ def settle(settings):
                 raise UserError(f"{option(f.name)} {value}: must be {limit}")
     if data.check_device(s.device) == "mps" and dist.is_initialized():
         raise UserError("--device mps: several processes need cuda or cpu")
-    if s.batch % (world() * s.accumulate):
-        parts = f"{world()} processes x --accumulate {s.accumulate}"
+    if s.batch % (world_size() * s.accumulate):
+        parts = f"{world_size()} processes x --accumulate {s.accumulate}"
         raise UserError(f"--batch {s.batch}: images per update; must be a multiple of {parts}")
     if s.optimizer == "muon" and dist.is_initialized() and s.strategy == "fsdp":
         raise UserError("--optimizer muon: needs whole matrices; fsdp has parts (--strategy ddp)")
@@ -460,7 +462,7 @@ def computes_bf16(device):
     if device != "cpu":
         return False
     ratio = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
-    return bool(mean_across(ratio) < 0.9)
+    return bool(all_reduce_mean(ratio) < 0.9)
 
 
 def product_seconds(kind, n=384):
@@ -587,7 +589,7 @@ class DiffusionStage(Stage):
                 return x, y
         return data.viewed(x, views), y
 
-    def told(self, y, u):
+    def drop(self, y, u):
         """The labels that the network gets: some become the zero-label (4.4.3)."""
         return drop_labels(y, self.model.zero_label, self.settings.p_uncond, u)
 
@@ -599,13 +601,13 @@ class DiffusionStage(Stage):
     def loss(self, n, part=WHOLE):
         """The loss of update n (3.5.4), a function of (seed, n) and the weights."""
         s = self.settings
-        draw = rng(s.seed, n, 2)
+        draw = rng(s.seed, n, data.LOSS)
         t = self.times(draw)
         noise = torch.randn((s.batch, *self.model.shape), generator=draw)
         u, turn = torch.rand((2, s.batch), generator=draw)
         t, noise, u = (data.send(a[part], s.device) for a in (t, noise, u))
         x, y = self.examples(self.rows(n)[part], (turn * s.views).long()[part])
-        return self.model.loss(x, self.told(y, u), t, noise).mean()
+        return self.model.loss(x, self.drop(y, u), t, noise).mean()
 
     @torch.no_grad()
     def validate(self, most=1040, batch=65):
@@ -613,17 +615,17 @@ class DiffusionStage(Stage):
 
         Each process computes its share. The last image fills up uneven shares and is not counted.
         """
-        rows, draw = spread(self.validation_rows, most), rng(0, 0, 3)
+        rows, draw = spread(self.validation_rows, most), rng(0, 0, data.VALIDATION)
         t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
         noise = torch.randn((len(rows), *self.model.shape), generator=draw)
-        mine = np.arange(rank(), -(-len(rows) // world()) * world(), world())
+        mine = np.arange(rank(), -(-len(rows) // world_size()) * world_size(), world_size())
         total = 0.0
         for i in range(0, len(mine), batch):
             k = np.minimum(mine[i : i + batch], len(rows) - 1)
             x, y = self.examples(rows[k])
             loss = self.model.loss(x, y, t[k].to(x.device), noise[k].to(x.device))
             total += loss[: (mine[i : i + batch] < len(rows)).sum()].sum().item()
-        return {"validation_loss": across(total).item() / len(rows)}
+        return {"validation_loss": all_reduce(total).item() / len(rows)}
 
     @property
     def scale(self):
@@ -691,7 +693,7 @@ class LatentStage(DiffusionStage):
         colours = set(self.classes) <= set(data.COLOURS)
         usual = "palette" if s.model == "small" else "label"
         if source:
-            usual = source.settings.get("condition", "label")  # not in older files
+            usual = source.settings["condition"]
         s.condition = s.condition or (usual if colours else "label")
         if s.condition == "palette" and not colours:
             raise UserError(f"--condition palette: the labels of {s.data} must be colours")
@@ -740,14 +742,14 @@ class LatentStage(DiffusionStage):
     def conditions(self, rows):
         return super().conditions(rows) if self.palettes is None else self.palettes[rows]
 
-    def told(self, y, u):
+    def drop(self, y, u):
         if self.palettes is None:
-            return super().told(y, u)
-        return ldm.told_colours(y, self.settings.p_uncond, u)
+            return super().drop(y, u)
+        return ldm.drop_colours(y, self.settings.p_uncond, u)
 
     def times(self, draw):
-        """With --pyramid, an update trains one U-Net, which the pyramid is told, at the t that it
-        sees. All get as many."""
+        """With --pyramid, an update trains one U-Net (`Pyramid.only`), drawn at random, at t of its
+        own. All U-Nets get equally many updates on average."""
         if not self.settings.pyramid:
             return super().times(draw)
         levels = self.levels.unique()
@@ -807,7 +809,7 @@ class ClassifierStage(DiffusionStage):
         if s.compile:
             self.model.network.compile()
 
-    def told(self, y, u):
+    def drop(self, y, u):
         return y
 
     @torch.no_grad()
@@ -815,10 +817,10 @@ class ClassifierStage(DiffusionStage):
         """[(t, cross-entropy, accuracy)] at eleven t from 1 to T, with fixed noise."""
         T, table = self.settings.T, []
         x, y = self.examples(spread(rows, most))
-        noise = torch.randn(x.shape, generator=rng(0, 0, 3)).to(x.device)
+        noise = torch.randn(x.shape, generator=rng(0, 0, data.VALIDATION)).to(x.device)
         for t in dict.fromkeys(max(1, T * i // 10) for i in range(11)):
             log_f = self.model.log_f(self.model.diffusion.q_sample(x, t, noise), t)
-            loss = -log_f.gather(1, y[:, None]).mean().item()
+            loss = F.nll_loss(log_f, y).item()
             table.append((t, loss, (log_f.argmax(1) == y).float().mean().item()))
         return table
 
@@ -927,7 +929,7 @@ class AutoencoderStage(Stage):
             self.model.quantize.active = n >= s.quantise_from
             if n == s.quantise_from > 0:
                 self.move_codes(n, range(s.codes))
-        draw = rng(s.seed, n, 2)
+        draw = rng(s.seed, n, data.LOSS)
         x = self.images(self.rows(n), draw, part)
         side = s.crop // self.model.factor
         xi = torch.randn((s.batch, self.model.z_channels, side, side), generator=draw)  # of a VAE
@@ -946,7 +948,7 @@ class AutoencoderStage(Stage):
             weight = torch.ones(())
             if s.adaptive:
                 last_layer = self.model.decoder.conv_out.weight
-                weight = vqgan.adaptive_weight(rec.mean(), g_loss, last_layer, mean_across)
+                weight = vqgan.adaptive_weight(rec.mean(), g_loss, last_layer, all_reduce_mean)
             loss = loss + s.adversarial * weight * g_loss
             self.figures |= {"g_loss": g_loss, "lambda": weight}
         self.seen = x, x_r.detach()  # for the discriminator
@@ -970,7 +972,7 @@ class AutoencoderStage(Stage):
     def count_codes(self, n, codes):
         """After an epoch (at least 50 updates): log how many codes it used, move the others."""
         s = self.settings
-        self.counts += across(torch.bincount(codes.flatten(), minlength=s.codes))
+        self.counts += all_reduce(torch.bincount(codes.flatten(), minlength=s.codes))
         if (n + 1) % max(50, -(-len(self.train_rows) // s.batch)):
             return
         used, perplexity = (torch.tensor(float(value)) for value in vqgan.code_use(self.counts))
@@ -982,30 +984,30 @@ class AutoencoderStage(Stage):
     @torch.no_grad()
     def move_codes(self, n, unused):
         """Move the unused codes to random latent vectors of images."""
-        draw = rng(self.settings.seed, n, 4)
+        draw = rng(self.settings.seed, n, data.CODES)
         rows = torch.randint(len(self.train_rows), (32,), generator=draw).numpy()
         x = self.images(self.train_rows[rows], draw)
         z = torch.cat([self.model.encode(part) for part in x.split(8)])
         z = z.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
         weight = self.model.quantize.embedding.weight
         weight[list(unused)] = z[torch.randint(len(z), (len(unused),), generator=draw).to(z.device)]
-        if world() > 1:  # every process rounds a little differently
+        if world_size() > 1:  # every process rounds a little differently
             dist.broadcast(weight, 0)
 
     @torch.no_grad()
     def validate(self, most=256, batch=16):
         """Reconstruction loss, PSNR and sharpness of fixed squares of the validation images.
 
-        Sharpness is the gradient energy of the reconstructions as a share of the originals'.
+        Sharpness is the total variation of the reconstructions as a share of the originals'.
         """
         s = self.settings
         rows = np.repeat(self.validation_rows, 4 if s.crop < s.size else 1)
         rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
-        x, total = self.images(rows, rng(0, 0, 3)), torch.zeros(4)
+        x, total = self.images(rows, rng(0, 0, data.VALIDATION)), torch.zeros(4)
         for part in x.split(batch):
             x_r = self.model(part)[0]
             values = (self.reconstruction_loss(part, x_r), psnr(part, x_r))
-            values += (gradient_energy(x_r), gradient_energy(part))
+            values += (total_variation(x_r), total_variation(part))
             total += torch.stack([value.sum() for value in values]).cpu()
         loss, decibel, energy, energy_of_x = (total / len(x)).tolist()
         row = {"validation_loss": loss, "validation_psnr": decibel}
@@ -1016,7 +1018,7 @@ class AutoencoderStage(Stage):
         """Figure 4.9: validation images over their reconstructions."""
         columns = 12 if final else 8
         rows = np.linspace(0, len(self.validation_rows) - 1, 2 * columns).astype(int)
-        x = self.images(self.validation_rows[rows], rng(0, 0, 5))
+        x = self.images(self.validation_rows[rows], rng(0, 0, data.PREVIEW))
         pairs = [images.unflatten(0, (2, columns)) for images in (x, self.model(x)[0])]
         images, scale = torch.stack(pairs, dim=1).flatten(0, 2), max(1, 128 // x.shape[-1])
         save_picture(plots.grid(to_uint8(images), columns, ["x", "x_r"] * 2, scale=scale), path)
@@ -1053,7 +1055,7 @@ class EMA:
     @torch.no_grad()
     def update(self, n):
         decay = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(shares(self.average), shares(self.parameters), 1 - decay)
+        torch._foreach_lerp_(local_shards(self.average), local_shards(self.parameters), 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self):
@@ -1066,7 +1068,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self):
-        for p, average in zip(shares(self.parameters), shares(self.average)):
+        for p, average in zip(local_shards(self.parameters), local_shards(self.average)):
             raw = p.clone()  # then in place: FSDP holds on to the memory of a weight
             p.copy_(average)
             average.copy_(raw)
@@ -1086,7 +1088,8 @@ def learning_rate(settings, n):
 class Muon(torch.optim.AdamW):
     """AdamW, except that each weight matrix W moves along an orthogonal matrix (not in the thesis).
 
-        M <- 0.95 M + G,   W <- W - lr sqrt(max(rows, columns)) orthogonal(G + 0.95 M)
+        M <- 0.95 M + G
+        W <- (1 - lr decay) W - lr sqrt(max(rows, columns)) orthogonal(G + 0.95 M)
 
     G is the gradient; the weight of a convolution is a matrix with one row per output channel. All
     directions of the step are equally long, so rare ones are learned as fast as common ones. The
@@ -1107,10 +1110,10 @@ class Muon(torch.optim.AdamW):
                 alike.setdefault(p.flatten(1).shape, []).append(p)
         for params in alike.values():
             m = torch.stack([self.moved(p) for p in params])
-            mine, direction = slice(rank(), None, world()), torch.zeros_like(m)
+            mine, direction = slice(rank(), None, world_size()), torch.zeros_like(m)
             direction[mine] = orthogonal(m[mine])  # each process computes some, the sum has all
             rate = lr * max(m.shape[1:]) ** 0.5
-            for p, d in zip(params, across(direction)):
+            for p, d in zip(params, all_reduce(direction)):
                 p.mul_(1 - lr * decay).sub_(rate * d.view_as(p))
 
     def moved(self, p):
@@ -1130,9 +1133,9 @@ def orthogonal(m):
     """About U V^T of the singular value decomposition m = U S V^T, by Newton and Schulz's steps.
 
     X <- S X,   S = a + b X X^T + c (X X^T)^2   leaves U and V and drives the singular values to
-    about 1: these a, b and c are the fastest, and end between 0.7 and 1.2. All S are polynomials of
-    the same square matrix, so only these are multiplied: a third of the time, as m is much longer
-    than high. m: (..., rows, columns).
+    about 1: these a, b and c are the fastest, and end between 0.7 and 1.2. S depends on X X^T only,
+    so the loop multiplies small square matrices, and X once at the end: a third of the time for
+    wide matrices. m: (..., rows, columns).
     """
     high = m.shape[-2] > m.shape[-1]
     x = m.mT if high else m
@@ -1191,7 +1194,7 @@ class Log:
         row |= {"update_seconds": seconds, "memory": torch.cuda.max_memory_allocated() / 2**20}
         if self.sums:
             means = [(self.sums[name] / self.counts[name]).cpu().double() for name in self.sums]
-            row |= dict(zip(self.sums, mean_across(torch.stack(means)).tolist()))
+            row |= dict(zip(self.sums, all_reduce_mean(torch.stack(means)).tolist()))
         self.sums, self.counts = {}, {}
         return row
 
@@ -1221,7 +1224,7 @@ class Log:
 # --------------------------------------------------------------------------------------------------
 
 
-def join(device="auto"):
+def init_distributed(device="auto"):
     """Find the other processes that torchrun started."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if gpus:
@@ -1237,21 +1240,21 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def across(value, op=dist.ReduceOp.SUM):
+def all_reduce(value, op=dist.ReduceOp.SUM):
     """A number or tensor, summed over all processes. All must call it, so it also waits for all."""
     value = torch.as_tensor(value, dtype=None if torch.is_tensor(value) else torch.float64)
-    if world() > 1:
+    if world_size() > 1:
         value = value.detach().clone()
         dist.all_reduce(value, op)
     return value
 
 
-def mean_across(value):
-    return across(value) / world()
+def all_reduce_mean(value):
+    return all_reduce(value) / world_size()
 
 
 @contextlib.contextmanager
@@ -1259,10 +1262,10 @@ def first_of_machine():
     """The first process of each machine enters this `with` alone; then the others follow."""
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
-        across(0.0)
+        all_reduce(0.0)
     yield
     if first:
-        across(0.0)
+        all_reduce(0.0)
 
 
 def parallel(players, settings):
@@ -1289,7 +1292,7 @@ def shard(model, settings):
     gpu, bf16 = settings.device != "cpu", settings.precision == "bf16"
     offload = fsdp.CPUOffloadPolicy(pin_memory=gpu)
     how = {
-        "mesh": init_device_mesh("cuda" if gpu else "cpu", (world(),)),
+        "mesh": init_device_mesh("cuda" if gpu else "cpu", (world_size(),)),
         "reshard_after_forward": True,  # a validation has no backward pass that would do it
         "mp_policy": fsdp.MixedPrecisionPolicy(*[torch.bfloat16, torch.float32] * bf16),
         "offload_policy": offload if settings.cpu_offload else fsdp.OffloadPolicy(),
@@ -1308,12 +1311,12 @@ def unsynchronised(loss, last):
     return loss.no_sync() if ddp and not last else contextlib.nullcontext()
 
 
-def shares(tensors):
+def local_shards(tensors):
     """Of sharded tensors the share of this process."""
     return [x.to_local() if isinstance(x, DTensor) else x for x in tensors]
 
 
-def whole(value):
+def full_tensor(value):
     """The whole of a sharded tensor. All processes must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -1359,7 +1362,7 @@ def save(out, stage, players, ema, progress, best, checkpoint):
     """If `best`, write best.pt; if `checkpoint`, model.pt, the loss chart and the checkpoint."""
     tensors = {}
     for name, value in run_tensors(players, ema, stage).items():
-        value = whole(value)
+        value = full_tensor(value)
         tensors[name] = value.cpu() if rank() == 0 else None  # one whole tensor at a time
     if rank():
         return
@@ -1388,7 +1391,7 @@ def newest_checkpoint(out):
             print(f"{error}; trying the one before")
     tensors = found.pop("tensors") if found else {}
     found = [found and found | {"names": set(tensors)}]
-    if world() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(found)
     if found[0] is None:
         raise UserError(f"{out}: no checkpoint that can be read; without --resume a run begins")
@@ -1417,7 +1420,7 @@ def load_tensors(players, ema, stage, names, tensors):
                 target.to_local().copy_(value.to_local())
                 continue
             value = value.to(target.device)
-            if world() > 1:
+            if world_size() > 1:
                 dist.broadcast(value, 0)
             target.copy_(value)
 
@@ -1440,7 +1443,7 @@ class Interruption:
 
     def agreed(self):
         """The signal that any process got; 0 = none."""
-        return int(across(float(self.signal), dist.ReduceOp.MAX))
+        return int(all_reduce(float(self.signal), dist.ReduceOp.MAX))
 
     def end(self):
         for number, handler in self.before.items():
@@ -1449,7 +1452,7 @@ class Interruption:
 
 def update(player, n, settings, autocast):
     """Update n of a network. Returns its loss and the norm of its gradient."""
-    s, R, total = settings, world(), 0.0
+    s, R, total = settings, world_size(), 0.0
     for i in range(s.accumulate):  # gradient accumulation
         part = slice(i * R + rank(), None, s.accumulate * R)
         with unsynchronised(player.loss, last=i == s.accumulate - 1):
@@ -1457,7 +1460,7 @@ def update(player, n, settings, autocast):
                 loss = player.loss(n, part) / s.accumulate
             loss.backward()
         total = total + loss.detach()
-    norm = whole(torch.nn.utils.clip_grad_norm_(player.parameters, s.clip))
+    norm = full_tensor(torch.nn.utils.clip_grad_norm_(player.parameters, s.grad_clip))
     player.optimizer.param_groups[0]["lr"] = learning_rate(s, n)
     player.optimizer.step()
     player.optimizer.zero_grad()
@@ -1551,6 +1554,8 @@ def choose_size(name, typed):
                 s = new_settings(STAGES[name].Settings, typed | {"model": size})
                 seconds = seconds_per_update(name, s)
         except torch.OutOfMemoryError:
+            if size == "small":
+                raise
             reason = "the thesis's batch does not fit into this GPU"
             continue
         hours = seconds * s.updates / 3600
@@ -1578,7 +1583,7 @@ def seconds_per_update(name, settings, updates=2):
         losses = [update(player, n, settings, mixed_precision(settings))[0] for player in players]
         sum(losses).item()  # waits for a GPU
     del average
-    return mean_across((time.perf_counter() - start) / updates).item()
+    return all_reduce_mean((time.perf_counter() - start) / updates).item()
 
 
 def ready(stage):
@@ -1631,10 +1636,10 @@ def train(name, typed, resume):
     claim(out, progress["run"])
     log = Log(out / "log.csv", progress["run"], progress["update"], stage.columns)
     size = sum(p.numel() for p in players[0].parameters) / 1e6
-    how = f", {s.accumulate} parts by {world()} processes" * (s.accumulate * world() > 1)
+    how = f", {s.accumulate} parts by {world_size()} processes" * (s.accumulate * world_size() > 1)
     print(f"{size:.1f}M parameters; {s.updates:,} updates of {s.batch} images{how}")
     stopped = loop(stage, players, ema, log, out, progress)
-    across(0.0)  # until process 0 has written everything
+    all_reduce(0.0)  # until process 0 has written everything
     if stopped:
         print(f"stopped and saved after update {progress['update']}; to go on, add --resume")
         sys.exit(128 + stopped)
@@ -1678,16 +1683,16 @@ def main():
         train(name, typed, resume)
 
     if "RANK" in os.environ:
-        in_company(program, typed.get("device", "auto"))
+        run_distributed(program, typed.get("device", "auto"))
     else:
         program()
 
 
-def in_company(program, device="auto"):
+def run_distributed(program, device="auto"):
     """Run it as one of torchrun's processes. The first of each machine reports errors for all."""
 
     def joined():
-        join(device)
+        init_distributed(device)
         try:
             program()
         except RuntimeError as error:

@@ -228,8 +228,8 @@ class LinearAttention(nn.Module):
 
     Softmax attention with exp(q . k) replaced by its first-order expansion 1 + q . k, which is the
     inner product of phi(q) = (1, q) and phi(k). One sum over j then serves all i: O(N), not O(N^2).
-    As in [17], q and k have an eighth of the channels. (Other diffusion code has a module of this
-    name with one softmax over q and one over k.)
+    As in [17], q and k have an eighth of the channels (here at least 8). (Other diffusion code has
+    a module of this name with one softmax over q and one over k.)
     """
 
     def __init__(self, channels, groups=32):
@@ -277,7 +277,7 @@ class Block(nn.Sequential):
         return x
 
 
-class Encoder(nn.Module):
+class UNetEncoder(nn.Module):
     """The way down of a U-Net and its middle. `UNet` adds the way up, `NoisyClassifier` an answer.
 
     in_channels  channels of the image or latent
@@ -335,8 +335,8 @@ class Encoder(nn.Module):
         return self.middle_block(h, emb, context), skips
 
 
-class UNet(Encoder):
-    """3.5.5, 4.5.1: eps_theta(x_t, t, y or context). The settings are those of `Encoder`.
+class UNet(UNetEncoder):
+    """3.5.5, 4.5.1: eps_theta(x_t, t, y or context). The settings are those of `UNetEncoder`.
 
     `forward`: x (B, C, H, W), H and W divisible by 2^(levels - 1); t (B,) integers that start at 0,
     as in the published checkpoints; y (B,) labels; context (B, n, d) tokens. Returns (B, C, H, W).
@@ -365,10 +365,10 @@ class UNet(Encoder):
         return self.out(h)
 
 
-class NoisyClassifier(Encoder):
+class NoisyClassifier(UNetEncoder):
     """4.4.2: f(y | x_t, t), the way down of the U-Net and a linear layer on all its features.
 
-    shape: (C, H, W) of x; num_classes: labels without the zero-label; the rest as in `Encoder`.
+    shape: (C, H, W) of x; num_classes: labels without the zero-label; the rest as in `UNetEncoder`.
     `forward(x, t)`: x and t as for `UNet`. Returns logits (B, num_classes).
     """
 
@@ -376,8 +376,8 @@ class NoisyClassifier(Encoder):
         super().__init__(shape[0], channels, multipliers, blocks, attentions, groups=groups)
         c = channels * multipliers[-1]
         positions = shape[1] * shape[2] // 4 ** (len(multipliers) - 1)  # in the middle
-        answer = nn.Linear(c * positions, num_classes)  # no average over them: places matter
-        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.Flatten(), answer)
+        head = nn.Linear(c * positions, num_classes)  # no average over them: places matter
+        self.out = nn.Sequential(nn.GroupNorm(groups, c), nn.SiLU(), nn.Flatten(), head)
 
     def forward(self, x, t):
         h, _ = self.down(x, self.embed(x, t))

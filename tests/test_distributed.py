@@ -120,7 +120,7 @@ def in_two_processes(data, out):
     run_until("one-to-ddp", going_on("ddp"), data, out, resume=True)
     if train.rank() == 0:
         shutil.copytree(out / "two-to-one", out / "fsdp-to-ddp")
-    train.across(0.0)
+    train.all_reduce(0.0)
     run_until("fsdp-to-ddp", going_on("ddp"), data, out, resume=True)
     settings = train.Latent(**newest_checkpoint(out / "fsdp")[0]["settings"])
     (out / f"shares-{train.rank()}.json").write_text(json.dumps(shares_of(settings, out / "fsdp")))
@@ -137,7 +137,7 @@ def shares_of(settings, run):
     progress, tensors = train.newest_checkpoint(run)
     train.load_tensors(players, ema, stage, progress["names"], tensors)
     stage.start(resumed=True)
-    player.loss(0, slice(train.rank(), None, train.world())).backward()
+    player.loss(0, slice(train.rank(), None, train.world_size())).backward()
     gradients = [p.grad for p in player.parameters]
     player.optimizer.step()
     moments = [player.optimizer.state[p]["exp_avg_sq"] for p in player.parameters]
@@ -170,7 +170,7 @@ def lose_a_process(data, out):
 
 if __name__ == "__main__":
     what, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    train.in_company(lambda: globals()[what](data, out))
+    train.run_distributed(lambda: globals()[what](data, out))
 
 
 # -------------------------------------------------------------------------------------------- tests

@@ -18,7 +18,7 @@ import data
 import ldm
 import train
 from data import COLOURS, UserError, to_tensor, view
-from ddpm import SCHEDULES, drop_labels
+from ddpm import SCHEDULES
 from fid import mean_colour_distances, variety
 from ldm import build_first_stage, build_latent, fingerprint, load_model, save_model, space_of
 from sample import denoise, generate, images_by_label
@@ -99,21 +99,11 @@ def test_latent_model_has_the_thesis_shapes():
     assert (beta[0].item(), beta[-1].item()) == (pytest.approx(0.0015), pytest.approx(0.0195))
 
 
-def test_output_depends_on_the_label_and_on_each_of_three_tokens():
+def test_output_depends_on_the_label():
     model, x = tiny(), randn(1, 4, 8, 8)
     with torch.no_grad():
         one = [model.eps(x, 500, torch.tensor([label])) for label in range(9)]
-        three = model.eps(x, 500, torch.tensor([[0, 1, 2]]))
-        other = ([8, 1, 2], [0, 8, 2], [0, 1, 8])
-        others = [model.eps(x, 500, torch.tensor([tokens])) for tokens in other]
     assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(one) for b in one[:i])
-    assert all((three - other).abs().max() > 1e-4 for other in others)
-    torch.testing.assert_close(model.eps(x, 500, torch.tensor([[3]])), one[3])  # (B, 1) is (B,)
-    y = torch.arange(6).view(2, 3)  # the labels of an image are dropped together
-    dropped = drop_labels(y, 8, 0.5, torch.tensor([0.4, 0.6]))
-    assert dropped.tolist() == [[8, 8, 8], [3, 4, 5]]
-    images = generate(model, np.array([[0, 1], [2, 3]]), [0, 1], steps=2, progress=False)
-    assert images.shape == (2, 16, 16, 3)
 
 
 def test_first_stage_is_frozen_and_stays_in_eval_mode():

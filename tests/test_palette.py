@@ -171,7 +171,7 @@ def test_a_label_is_the_palette_of_its_colour_and_the_zero_label_has_none():
 def test_training_tells_one_to_four_colours_with_and_without_shares_or_nothing():
     p = torch.from_numpy(palette(painted(("blue", 14), ("yellow", 8), ("red", 6), ("white", 4))))
     u = torch.arange(1000) / 1000
-    told = ldm.told_colours(p.expand(1000, -1, -1), 0.2, u)
+    told = ldm.drop_colours(p.expand(1000, -1, -1), 0.2, u)
     counts = (told[..., 3] != 0).sum(1)
     assert torch.bincount(counts).tolist() == [200] * 5
     for n in range(1, 5):
@@ -182,8 +182,8 @@ def test_training_tells_one_to_four_colours_with_and_without_shares_or_nothing()
         assert torch.equal(mine[known.all(1), :, 3], p[:n, 3].expand(100, -1))
     assert (told[counts == 0] == 0).all()
     two = torch.from_numpy(palette(painted(("blue", 20), ("yellow", 12))))
-    assert (ldm.told_colours(two.expand(1000, -1, -1), 0.0, u)[:, 2:] == 0).all()
-    assert (ldm.told_colours(two[None], 1.0, torch.tensor([0.5])) == 0).all()
+    assert (ldm.drop_colours(two.expand(1000, -1, -1), 0.0, u)[:, 2:] == 0).all()
+    assert (ldm.drop_colours(two[None], 1.0, torch.tensor([0.5])) == 0).all()
 
 
 def test_b3_x_T_begins_at_the_mean_colour_of_the_palette():

@@ -512,7 +512,8 @@ def test_an_image_does_not_depend_on_its_batch(tiny_model, sampler):
 
 def test_labels_that_differ_by_case_are_different_labels():
     model = SimpleNamespace(classes=["A", "a", "None", "B"])
-    assert sample.label_number(model, ["A", "a", "b", "none", "2", 3]) == [0, 1, 3, 4, 2, 3]
+    labels = ["A", "a", "b", "none", "2", 3]
+    assert [sample.label_number(model, label) for label in labels] == [0, 1, 3, 4, 2, 3]
 
 
 def test_another_program_asks_by_name_or_number(tiny_model):

@@ -266,7 +266,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient(tmp_path, monkeypatch):
         return {}
 
     monkeypatch.setattr(LettersStage, "preview", preview)
-    how = ("--updates", 2, "--lr", 0.01, "--clip", 0.05, "--weight-decay", 0.5, "--warmup", 2)
+    how = ("--updates", 2, "--lr", 0.01, "--grad-clip", 0.05, "--weight-decay", 0.5, "--warmup", 2)
     how = (*SMALL, "--optimizer", "adamw", *how, "--ema", 0.5, "--out", tmp_path / "run")
     train.train(*train.parse([*map(str, how)]))
     progress, found = newest_checkpoint(tmp_path / "run")
@@ -524,7 +524,7 @@ def test_the_perceptual_loss_is_loaded_once(tmp_path, monkeypatch):
 
 def test_not_a_number_stops_before_anything_is_saved(refused, tmp_path):
     """In the second run only the validation can tell."""
-    for name, how in (("a", ("--clip", 1e30)), ("b", ("--updates", 1))):
+    for name, how in (("a", ("--grad-clip", 1e30)), ("b", ("--updates", 1))):
         out = tmp_path / name
         error = refused("train", *SHORT, "--lr", 1e30, "--warmup", 0, *how, "--out", out)
         assert "is not finite at update" in error and not list(out.glob("*.pt"))

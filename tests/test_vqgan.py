@@ -910,7 +910,7 @@ def test_a_first_stage_gives_float32_under_autocast():
 
 def test_lambda_is_that_of_gradients_averaged_over_the_processes(folder, monkeypatch):
     """If the other processes cancel both gradients, it is 0."""
-    monkeypatch.setattr(train, "mean_across", lambda gradient: 0 * gradient)
+    monkeypatch.setattr(train, "all_reduce_mean", lambda gradient: 0 * gradient)
     s = stage(folder)
     s.loss(0)
     assert s.figures["lambda"] == 0
