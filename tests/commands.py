@@ -32,6 +32,7 @@ SHORTER = (  # the first pattern that a command contains -> flags that make it s
     (r"--bound", "--n 1"),
     (r"--ode", "--n 1 --steps 2"),
     (r"--resume", "--updates 3"),
+    (r"--init paintings", "--updates 2 --size 64"),
     (r"--init", "--updates 2 --size 32"),
     (r"--condition label", LATENT),
     (r"--condition palette", f"{LATENT} --T 2"),

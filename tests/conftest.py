@@ -18,7 +18,7 @@ import train
 from ldm import build_letters, save_model
 
 TINY = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "schedule": "linear", "T": 1000}
-TINY |= {"p_uncond": 0.2, "predict": "v", "data": "letters"}
+TINY |= {"p_uncond": 0.2, "predict": "v", "data": "letters", "condition": "sum"}
 data.tune("cpu")  # as the programs do, so that no result depends on the order of the tests
 PROGRAMS = {"data": data.main, "fid": fid.main, "plots": plots.main}
 PROGRAMS |= {"sample": sample.main, "train": train.main}

@@ -33,6 +33,7 @@ FIRST = {
 }
 FIRST |= {
     "bottleneck": "vq",
+    "equivariant": False,
     "beta": 0.25,
     "released": False,
     "kl_weight": 1e-6,

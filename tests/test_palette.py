@@ -163,9 +163,6 @@ def test_a_label_is_the_palette_of_its_colour_and_the_zero_label_has_none():
     assert torch.equal(model.eps(x, t, labels), model.eps(x, t, same))
     assert torch.equal(model.zero_like(same), torch.zeros(2, 4, 4))
     assert model.zero_like(labels).tolist() == [8, 8]
-    pair = torch.tensor([[2, 5], [0, 8]])  # two labels are two colours
-    expected = palettes(["blue", "red"], ["orange"])
-    torch.testing.assert_close(model.condition(pair), model.condition(expected))
 
 
 def test_training_tells_one_to_four_colours_with_and_without_shares_or_nothing():
