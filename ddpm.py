@@ -86,8 +86,8 @@ def log_linear_schedule(T=1000):
     """log SNR_t = log(alpha_bar_t / (1 - alpha_bar_t)) linear in t (not in the thesis).
 
     From 7 to -6. Coarse and fine details are drawn at different log SNR (`ldm.damp`). So every
-    range of log SNR gets the same number of steps.
-    After variational diffusion models (Kingma and others, 2021).
+    range of log SNR gets the same number of steps. After variational diffusion models (Kingma and
+    others, 2021).
     """
     log_snr = torch.linspace(7, -6, T, dtype=torch.float64)
     alpha_bar = torch.cat([torch.ones(1), torch.sigmoid(log_snr)])  # of t = 0..T
@@ -248,12 +248,16 @@ class Diffusion:
     def target(self, x_0, t, noise, predict):
         """What a network learns to predict: the noise eps as in the thesis, or (not in it)
 
-        v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0,    flow: u = eps - x_0
+            v:  sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0,    flow:  u = eps - x_0
+
+        predict: "eps", "v" or "flow"; x_0, noise, result: (B, ...).
         """
-        if predict == "v":
-            alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_0), self.at(self.beta_bar, t, x_0)
-            return alpha_bar.sqrt() * noise - beta_bar.sqrt() * x_0
-        return {"eps": noise, "flow": noise - x_0}[predict]
+        if predict == "eps":
+            return noise
+        if predict == "flow":
+            return noise - x_0
+        alpha_bar, beta_bar = self.at(self.alpha_bar, t, x_0), self.at(self.beta_bar, t, x_0)
+        return alpha_bar.sqrt() * noise - beta_bar.sqrt() * x_0
 
     # Beyond the thesis: score, signal-to-noise ratio, SDE and ODE
 

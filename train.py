@@ -1009,9 +1009,9 @@ class AutoencoderStage(Stage):
             values = (self.reconstruction_loss(part, x_r), psnr(part, x_r))
             values += (total_variation(x_r), total_variation(part))
             total += torch.stack([value.sum() for value in values]).cpu()
-        loss, decibel, energy, energy_of_x = (total / len(x)).tolist()
+        loss, decibel, variation, variation_of_x = (total / len(x)).tolist()
         row = {"validation_loss": loss, "validation_psnr": decibel}
-        return row | {"validation_sharpness": energy / max(energy_of_x, 1e-6)}
+        return row | {"validation_sharpness": variation / max(variation_of_x, 1e-6)}
 
     @torch.no_grad()
     def preview(self, path, final=False):

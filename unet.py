@@ -278,7 +278,7 @@ class Block(nn.Sequential):
 
 
 class UNetEncoder(nn.Module):
-    """The way down of a U-Net and its middle. `UNet` adds the way up, `NoisyClassifier` an answer.
+    """The way down of a U-Net and its middle. `UNet` adds the way up, `NoisyClassifier` a head.
 
     in_channels  channels of the image or latent
     channels     width of the first level

@@ -58,7 +58,7 @@ def test_psnr():
     assert found.tolist() == pytest.approx([20.0, 10 * np.log10(4)])
 
 
-def test_gradient_energy_is_of_neighbours_and_falls_with_blur():
+def test_total_variation_is_of_neighbours_and_falls_with_blur():
     ramp = (torch.arange(8.0) / 8).expand(1, 3, 8, 8)
     assert total_variation(ramp).item() == pytest.approx(1 / 8)
     x = torch.rand((1, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -627,7 +627,7 @@ def test_inception_is_given_values_from_0_to_1():
     assert seen[0][0, 0, 0].tolist() == pytest.approx([0, 0.2, 1])
 
 
-def test_gradient_energy_counts_both_directions_alike():
+def test_total_variation_counts_both_directions_alike():
     ramp = (torch.arange(8.0) / 8).expand(1, 3, 8, 8)
     assert total_variation(ramp.transpose(2, 3)).item() == pytest.approx(1 / 8)
     assert total_variation(ramp + ramp.transpose(2, 3) - 1).item() == pytest.approx(2 / 8)

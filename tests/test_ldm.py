@@ -28,8 +28,7 @@ from vqgan import VQGAN, AttnBlock, Codebook
 
 FIRST = {"channels": 8, "multipliers": (1, 2), "blocks": 1, "attention_levels": (), "groups": 2}
 FIRST |= {"bottleneck": "vq", "codes": 16, "z_channels": 4, "beta": 0.25, "released": False}
-FIRST |= {"equivariant": False}
-FIRST |= {"size": 16, "quantise_from": 0, "updates": 1}
+FIRST |= {"size": 16, "quantise_from": 0, "updates": 1, "equivariant": False}
 TINY = {"channels": 32, "multipliers": (1, 2), "blocks": 1, "attention_levels": None, "groups": 2}
 TINY |= {"schedule": "sqrt_linear", "T": 1000, "predict": "eps", "latent_scale": 0.5, "size": 16}
 TINY |= {"context_channels": 12, "p_uncond": 0.2, "first_stage_settings": FIRST}
@@ -101,11 +100,18 @@ def test_latent_model_has_the_thesis_shapes():
     assert (beta[0].item(), beta[-1].item()) == (pytest.approx(0.0015), pytest.approx(0.0195))
 
 
-def test_output_depends_on_the_label():
+def test_output_depends_on_the_label_and_on_each_of_three_tokens():
     model, x = tiny(), randn(1, 4, 8, 8)
+    tokens = [model.context.weight[rows] for rows in ([0, 1, 2], [8, 1, 2], [0, 8, 2], [0, 1, 8])]
     with torch.no_grad():
         one = [model.eps(x, 500, torch.tensor([label])) for label in range(9)]
+        three, *others = (model.eps(x, 500, rows[None]) for rows in tokens)
+        same = model.eps(x, 500, model.context.weight[3][None, None])  # the token of a label
     assert all((a - b).abs().max() > 1e-4 for i, a in enumerate(one) for b in one[:i])
+    assert all((three - other).abs().max() > 1e-4 for other in others)
+    torch.testing.assert_close(same, one[3])
+    images = generate(model, torch.stack(tokens[:2]).detach(), [0, 1], steps=2, progress=False)
+    assert images.shape == (2, 16, 16, 3)
 
 
 def test_first_stage_is_frozen_and_stays_in_eval_mode():

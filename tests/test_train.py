@@ -701,6 +701,17 @@ def test_the_thesis_s_size_if_it_fits_and_ends_within_a_day(
     assert out.startswith(f"--model {size}: ") and line in out and out.count("\n") == 1
 
 
+def test_a_gpu_that_holds_neither_size_is_out_of_memory(monkeypatch):
+    def seconds(name, settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train.data, "check_device", lambda device: device)
+    monkeypatch.setattr(train, "settle", lambda settings: settings)
+    monkeypatch.setattr(train, "seconds_per_update", seconds)
+    with pytest.raises(torch.OutOfMemoryError):
+        train.choose_size("letters", {"device": "cuda"})
+
+
 def test_the_chosen_run_is_that_of_the_size_typed_and_its_time_is_measured(
     tmp_path, monkeypatch, capsys
 ):

@@ -520,8 +520,7 @@ def test_e16_reconstruction_loss_is_a_negative_log_likelihood(folder):
 
 def test_a_model_saved_before_the_code_book_joined_does_not_quantise(tmp_path):
     settings = TINY | {"size": 16, "bottleneck": "vq", "codes": 8, "beta": 0.25}
-    settings |= {"equivariant": False}
-    settings |= {"released": False, "quantise_from": 5}
+    settings |= {"released": False, "quantise_from": 5, "equivariant": False}
     weights = {"ema": ldm.build_first_stage(settings).state_dict()}
     for update, active in ((4, False), (5, True)):
         save_model(tmp_path / "m.pt", "vqgan", settings, [], update, weights)
