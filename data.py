@@ -935,11 +935,27 @@ def paint(seed, label, size=256):
         return all(number == label for number in rules)
 
     rng, colour = np.random.default_rng([seed, label]), list(COLOURS.values())[label]
-    return painter.paint(rng, size, colour, rgb_to_lab, fits)
+    pigments = list(painter.PIGMENTS.values())
+    return painter.paint(rng, size, colour, rgb_to_lab, fits, pigments)
+
+
+def paint_any(seed, size=256):
+    """An abstract picture of any colour, with accents of any colours, for palettes.
+
+    Colour and accents are uniform in the RGB cube. Returns (size, size, 3) uint8.
+    """
+    rng = np.random.default_rng([seed, len(COLOURS)])
+    colour, *pigments = rng.uniform(0, 255, (1 + len(painter.PIGMENTS), 3))
+
+    def fits(picture):
+        return np.linalg.norm(mean_colour(picture, "lab") - rgb_to_lab(colour)) < ONE_COLOUR
+
+    return painter.paint(rng, size, colour, rgb_to_lab, fits, pigments)
 
 
 def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", replace=False):
-    """Paint a packed set. shares: "balanced", or "table" for the shares of table 4.1."""
+    """Paint a packed set. shares: "balanced", "table" for the shares of table 4.1, or "any":
+    balanced, but every second picture has any colour and the nearest label."""
     state = {"painter": painter.VERSION, "size": size, "n": count, "seed": seed, "shares": shares}
     if is_packed(folder, state, replace):
         return read_packed(folder)
@@ -949,6 +965,9 @@ def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", replace=F
     labels = np.random.default_rng(seed).permutation(labels).tolist()
 
     def read(i):
+        if shares == "any" and i % 2:
+            picture = paint_any(seed * 2**32 + i, size)
+            return picture, int(nearest_colour(mean_colour(picture)))
         return paint(seed * 2**32 + i, labels[i], size), labels[i]
 
     names = [f"picture {i}" for i in range(count)]
@@ -1029,7 +1048,10 @@ def parse():
     )
     p.add_argument("--count", type=int, default=2000, help="pictures to paint (default 2000)")
     p.add_argument(
-        "--shares", choices=("balanced", "table"), default="balanced", help="of the labels"
+        "--shares",
+        choices=("balanced", "table", "any"),
+        default="balanced",
+        help="of the labels; any: every second picture has any colour",
     )
     p.add_argument("--seed", type=int, default=0, help="of the painted pictures (default 0)")
     return parser.parse_args()

@@ -28,15 +28,16 @@ PIGMENTS = {
 }  # fmt: skip
 
 
-def paint(rng, size, colour, to_lab, fits):
-    """An abstract picture whose mean colour is nearest to a label colour: (size, size, 3) uint8.
+def paint(rng, size, colour, to_lab, fits, pigments):
+    """An abstract picture whose mean colour fits to the given one: (size, size, 3) uint8.
 
-    rng     random generator of numpy; the picture is a function of its state
-    colour  the label colour (r, g, b), 0 to 255
-    to_lab  function that converts RGB colours (..., 3) to CIE-LAB
-    fits    function that says whether the mean colour of a picture (H, W, 3) has the wanted label
+    rng       random generator of numpy; the picture is a function of its state
+    colour    the colour (r, g, b) of most of the picture, 0 to 255
+    to_lab    function that converts RGB colours (..., 3) to CIE-LAB
+    fits      function that says whether the mean colour of a picture (H, W, 3) is the wanted one
+    pigments  other colours, for mixtures and accents
     """
-    easel = Easel(rng, size * 3 // 2, colour, to_lab)
+    easel = Easel(rng, size * 3 // 2, colour, to_lab, pigments)
     composition = COMPOSITIONS[rng.integers(len(COMPOSITIONS))]
     composition(easel, rng)
     if composition in (soft_fields, zips):  # these look best upright
@@ -73,7 +74,7 @@ class Easel:
     `accent` is the probability that a stroke takes an accent colour.
     """
 
-    def __init__(self, rng, n, colour, to_lab):
+    def __init__(self, rng, n, colour, to_lab, pigments):
         self.rng, self.n = rng, n
         self.y, self.x = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
         self.canvas = np.zeros((n, n, 4), np.float32)
@@ -84,7 +85,7 @@ class Easel:
         steps = steps[:, None].astype(np.float32)
         shades = colour + np.abs(steps) * (np.where(steps < 0, 0, 255) - colour)
         share = rng.uniform(0, 0.3, (6, 1)).astype(np.float32)
-        pigments = np.array(list(PIGMENTS.values()), np.float32)
+        pigments = np.array(pigments, np.float32)
         self.mixtures = shades + share * (rng.choice(pigments, 6) - shades)
         # accents: pigments; the farther one is from the colour, the likelier
         difference = to_lab(pigments) - to_lab(np.array([colour], np.float64))

@@ -461,14 +461,21 @@ def computes_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu":
         return False
-    ratio = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
-    return bool(all_reduce_mean(ratio) < 0.9)
+    float32, bf16 = convolution_seconds()
+    return bool(all_reduce_mean(bf16 / float32) < 0.9)
 
 
-def product_seconds(kind, n=384):
-    """The shortest of some times of a product of two n x n matrices of this type."""
-    a = torch.ones(n, n, dtype=kind)
-    return min(timeit.repeat(lambda: a @ a, number=3, repeat=5))
+def convolution_seconds(kinds=(torch.float32, torch.bfloat16)):
+    """The shortest of some times of a convolution with numbers of each type. They are timed in
+    turn, so that another program which runs for a moment slows down all of them."""
+
+    def work(kind):
+        x, weight = torch.ones(8, 64, 32, 32, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
+        return lambda: F.conv2d(x, weight, padding=1)
+
+    works = [work(kind) for kind in kinds]
+    times = [[timeit.timeit(work, number=3) for work in works] for _ in range(8)]
+    return [min(column) for column in zip(*times)]
 
 
 def mixed_precision(settings):

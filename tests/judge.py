@@ -30,7 +30,8 @@ NAMES = [composition.__name__ for composition in painter.COMPOSITIONS]
 def composition(seed, label):
     """The number of the composition of `data.paint(seed, label)`: the draws that lead to it."""
     rng = np.random.default_rng([seed, label])
-    painter.Easel(rng, 4, list(data.COLOURS.values())[label], data.rgb_to_lab)
+    colour, pigments = list(data.COLOURS.values())[label], list(painter.PIGMENTS.values())
+    painter.Easel(rng, 4, colour, data.rgb_to_lab, pigments)
     return int(rng.integers(len(NAMES)))
 
 

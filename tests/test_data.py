@@ -587,6 +587,17 @@ def test_the_shares_of_table_4_1(tmp_path, monkeypatch):
     assert (paintings.images[:, 0, 0, 0] == paintings.labels).all()
 
 
+def test_every_second_picture_has_any_colour(tmp_path):
+    paintings = data.paint_set(tmp_path / "any", 32, 128, shares="any")
+    means = mean_colour(paintings.images)
+    assert np.array_equal(paintings.labels[1::2], nearest_colour(means[1::2]))
+    _, a, b = data.rgb_to_lab(means).T
+    hues = np.degrees(np.arctan2(b, a)) % 360 // 45
+    assert (np.bincount(hues[1::2].astype(int), minlength=8) > 0).all()
+    turquoise = (hues == 4) & (np.hypot(a, b) > 10)  # far from all label colours
+    assert turquoise[1::2].any() and not turquoise[0::2].any()
+
+
 # ------------------------------------------------------------------------------------ split, rows
 
 
