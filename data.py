@@ -293,13 +293,17 @@ class ImageSet:
 
     def fingerprint(self):
         """A digest of classes, labels, sources and 64 of the images, wherever the set is stored."""
-        rows = np.linspace(0, len(self.labels) - 1, 64).astype(int)
         digest = hashlib.sha256(json.dumps([self.classes, len(self.labels)]).encode())
         for values in (self.labels, self.sources):
             digest.update(np.asarray(values, np.int64).tobytes())
-        for row in rows:
+        for row in evenly(len(self.labels), 64):
             digest.update(np.ascontiguousarray(self.images[row]).tobytes())
         return digest.hexdigest()[:16]
+
+
+def evenly(n, most):
+    """At most `most` of the numbers 0 to n - 1, evenly spaced, the first and the last included."""
+    return np.linspace(0, n - 1, min(n, most)).astype(int)
 
 
 def validation_images(labels, sources, share=0.05, seed=0):

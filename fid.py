@@ -146,7 +146,7 @@ remember = lru_cache(maxsize=4)  # per tensor object: the real features are used
 @remember
 def sample(x):
     """At most MOST rows of x (n, d), evenly spaced, in float64."""
-    return x[np.linspace(0, len(x) - 1, min(MOST, len(x))).astype(int)].double()
+    return x[data.evenly(len(x), MOST)].double()
 
 
 def kernel_sums(x, y):

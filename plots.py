@@ -226,8 +226,7 @@ def picture_rows(rows, count, side=96):
     """A grid with one row per (name, images, numbers): `count` of the numbers, evenly picked."""
     tiles = np.full((len(rows), count, side, side, 3), 255, np.uint8)
     for row, (_, images, numbers) in zip(tiles, rows):
-        picked = np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)
-        for tile, i in zip(row, numbers[picked]):
+        for tile, i in zip(row, numbers[data.evenly(len(numbers), count)]):
             tile[:] = data.fit(images[i], side)
     return grid(tiles.reshape(-1, side, side, 3), count, [name for name, _, _ in rows])
 

@@ -695,7 +695,7 @@ def open_likelihood(args, device, name):
     if model.stage != "letters":
         raise UserError("--bound, --ode: likelihoods are of pixels; this model diffuses latents")
     found, n = data.open_set(name, model.shape[1]), args.n or 16
-    rows = np.linspace(0, len(found.labels) - 1, min(n, len(found.labels))).astype(int)
+    rows = data.evenly(len(found.labels), n)
     x, y = found.batch(rows, device)
     if found.classes != model.classes:
         y = torch.full_like(y, model.zero_label)

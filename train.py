@@ -49,7 +49,7 @@ import data
 import ldm
 import plots
 import vqgan
-from data import UserError, rng, to_uint8, whole_file
+from data import UserError, evenly, rng, to_uint8, whole_file
 from ddpm import SCHEDULES, drop_labels
 from fid import mean_colour_distances, psnr, total_variation
 from sample import draw_rows, images_by_label, load
@@ -622,7 +622,8 @@ class DiffusionStage(Stage):
 
         Each process computes its share. The last image fills up uneven shares and is not counted.
         """
-        rows, draw = spread(self.validation_rows, most), rng(0, 0, data.VALIDATION)
+        rows, draw = self.validation_rows, rng(0, 0, data.VALIDATION)
+        rows = rows[evenly(len(rows), most)]
         t = 1 + torch.randperm(len(rows), generator=draw) * self.settings.T // len(rows)
         noise = torch.randn((len(rows), *self.model.shape), generator=draw)
         mine = np.arange(rank(), -(-len(rows) // world_size()) * world_size(), world_size())
@@ -642,18 +643,12 @@ class DiffusionStage(Stage):
     def preview(self, path, final=False):
         """One row per label, the zero-label last, and the distance from the colours (5.4.1)."""
         columns, steps = (6, 50) if final else (4, 20)
-        labels = spread(np.arange(len(self.classes)), 40)  # more rows would take long
+        labels = evenly(len(self.classes), 40)  # more rows would take long
         how = {"steps": min(steps, self.settings.T), "scale": self.scale, "progress": False}
         images = images_by_label(self.model, columns, labels=labels, **how)
         save_picture(draw_rows(images, [self.classes[label] for label in labels]), path)
         distances = mean_colour_distances(images, self.classes)
         return {} if distances is None else {"colour_distance": distances.mean().item()}
-
-
-def spread(rows, most):
-    """At most so many of the rows, evenly spread."""
-    n = min(most, len(rows))
-    return rows[((np.arange(n) + 0.5) * len(rows) / n).astype(int)]
 
 
 def save_picture(picture, path):
@@ -738,7 +733,7 @@ class LatentStage(DiffusionStage):
         print(f"latents {z.shape[1:]}: mean {mean:.3f}, deviation {deviation:.3f}, ", end="")
         print(f"scaled by {s.latent_scale:.3f}")
         if s.pyramid:
-            some = torch.from_numpy(z[spread(np.arange(len(z)), 1000)])
+            some = torch.from_numpy(z[evenly(len(z), 1000)])
             some = ldm.scaled(some, self.latent_scale, self.octaves)
             self.model.unet.divide(some.to(s.device))
             self.levels = self.model.unet.level.cpu()
@@ -823,7 +818,7 @@ class ClassifierStage(DiffusionStage):
     def by_noise_level(self, rows, most=260):
         """[(t, cross-entropy, accuracy)] at eleven t from 1 to T, with fixed noise."""
         T, table = self.settings.T, []
-        x, y = self.examples(spread(rows, most))
+        x, y = self.examples(rows[evenly(len(rows), most)])
         noise = torch.randn(x.shape, generator=rng(0, 0, data.VALIDATION)).to(x.device)
         for t in dict.fromkeys(max(1, T * i // 10) for i in range(11)):
             log_f = self.model.log_f(self.model.diffusion.q_sample(x, t, noise), t)
@@ -1009,7 +1004,7 @@ class AutoencoderStage(Stage):
         """
         s = self.settings
         rows = np.repeat(self.validation_rows, 4 if s.crop < s.size else 1)
-        rows = rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)]
+        rows = rows[evenly(len(rows), most)]
         x, total = self.images(rows, rng(0, 0, data.VALIDATION)), torch.zeros(4)
         for part in x.split(batch):
             x_r = self.model(part)[0]

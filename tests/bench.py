@@ -1,17 +1,20 @@
 """Measure speed and memory. Compare numbers within one run only:  python tests/bench.py [MODE]
 
+Without a mode, all but the last four run, in about five minutes on two quiet cores.
+
     training      images per second of the letters model, and its share of the machine's peak
     sampling      images per second, and the share of the time that the network takes
     unet          the thesis's U-Net: forward, backward, peak memory; AdamW on its weights
     latent        the thesis's latent model: one update, one picture; seconds and peak memory
     first-stage   the first stage of the published size: encode, decode
     packing       a packed set of 400,000 images: pack it, open it, read a batch
+    profile       where the time of an update goes
     solvers       errors of the samplers by number of steps -> assets/solvers.png
     guidance      both guidances at several scales, with runs/classifier -> assets/guidance.png
     plan GB       how many images fit on GPUs of so many GB (4.7)
 
-Without a mode, all run but the last three. unet, first-stage and sampling measure the same work
-with another library, too: `python tests/bench.py unet --against diffusers`.
+unet, first-stage and sampling measure the same work with another library, too:
+`python tests/bench.py unet --against diffusers`. Ratios are to the first row.
 """
 
 import argparse
@@ -28,7 +31,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -44,6 +49,7 @@ from unet import latent_unet
 from vqgan import VQGAN
 
 PRECISIONS = ("float32", "bf16")
+ROUNDS = 5
 
 
 def seconds(call, times=5, clock=time.perf_counter):
@@ -57,9 +63,17 @@ def seconds(call, times=5, clock=time.perf_counter):
     return best
 
 
-def cpu_seconds(call):
+def cpu_seconds(call, times=1):
     """The same in CPU time, the sum over the cores."""
-    return seconds(call, 3, time.process_time)
+    return seconds(call, times, time.process_time)
+
+
+def processor():
+    """The name of the processor and what of bfloat16 it has. Needs Linux."""
+    text = Path("/proc/cpuinfo").read_text()
+    name, flags = (re.search(rf"{key}\s*: (.*)", text) for key in ("model name", "flags"))
+    kinds = [word for word in flags[1].split() if "bf16" in word] if flags else []
+    return " ".join([name[1] if name else "unknown processor", *kinds])
 
 
 def peak_memory():
@@ -163,6 +177,68 @@ def pndm(x, steps):
         x = scheduler.step(0.1 * x, t, x).prev_sample
 
 
+KINDS = {  # where the time goes -> words in the names of torch's operators, the first that fits
+    "convolutions": ("convolution",),
+    "products": ("mm", "attention"),  # of matrices
+    "norms": ("norm",),
+    "copies": ("copy", "clone", "cat", "contiguous"),  # and casts
+}
+
+
+def bench_profile():
+    """Where the time of an update goes. One thread: with more, the profiler sees only the first."""
+    torch.set_num_threads(1)
+    print(f"{'an update on one core':34} seconds  " + "  ".join([*KINDS, "others", "optimizer"]))
+    with tempfile.TemporaryDirectory() as folder:
+        data.paint_set(Path(folder, "set"), count=64)
+        paintings = {"data": f"{folder}/set"}
+        latents = paintings | {"first_stage": "assets/first_stage.pt"}
+        for name, more in (("letters", {}), ("vqgan", paintings), ("ldm", latents)):
+            for precision in PRECISIONS:
+                typed = {"model": "small", "device": "cpu", "precision": precision} | more
+                settings = train.new_settings(train.STAGES[name].Settings, typed)
+                stage = train.STAGES[name](settings)
+                stage.start(resumed=False)
+                players, _ = train.ready(stage)
+                print_profile(f"{name}, small, {precision}", players[0], settings)
+    for precision in PRECISIONS:
+        print_profile(f"ldm, thesis, batch 1, {precision}", *thesis_player(precision))
+
+
+def thesis_player(precision):
+    """The network of the thesis's size, about to be updated with one random latent; settings."""
+    model, settings = latent_model(), train.Latent(precision=precision, device="cpu")
+    z, noise = torch.randn(2, 1, *model.shape)
+    y, t = torch.tensor([2]), torch.tensor([500])
+    player = train.Player("model", model.unet, lambda n, part: model.loss(z, y, t, noise).mean())
+    player.parameters = list(model.unet.parameters())
+    player.optimizer = train.make_optimizer(player, settings)
+    return player, settings
+
+
+def print_profile(title, player, settings, updates=3):
+    """One line: the mean seconds of some updates, and the share of each kind of work."""
+    spent, optimizer = dict.fromkeys([*KINDS, "others"], 0.0), 0.0
+    train.update(player, 0, settings, train.mixed_precision(settings))
+    for n in range(1, 1 + updates):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            with train.mixed_precision(settings):
+                loss = player.loss(n, train.WHOLE)
+            loss.backward()
+        for event in profiler.key_averages():
+            fits = (kind for kind, words in KINDS.items() if any(w in event.key for w in words))
+            spent[next(fits, "others")] += event.self_cpu_time_total / 1e6
+        start = time.perf_counter()
+        torch.nn.utils.clip_grad_norm_(player.parameters, 1.0)
+        player.optimizer.step()
+        player.optimizer.zero_grad()
+        optimizer += time.perf_counter() - start
+    spent["optimizer"] = optimizer
+    total = sum(spent.values())
+    shares = "  ".join(f"{time / total:{len(kind)}.0%}" for kind, time in spent.items())
+    print(f"    {title:30} {total / updates:7.2f}  {shares}", flush=True)
+
+
 def bench_packing(count=400_000):
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     names, rows = [str(i) for i in range(count)], np.random.default_rng(0).integers(0, count, 512)
@@ -198,12 +274,24 @@ THEIRS = {
 
 def bench_unet(against=None):
     title = f"U-Net of {PARAMETERS:,} parameters, batch 2, CPU time"
-    print(f"{title:54} forward, s  + backward, s  peak, MiB")
-    for name, on in (OURS | (THEIRS if against else {})).items():
-        forward, both, mib = in_new_process(unet_times, on)
-        print(f"    {name:50} {forward:10.2f}  {both:13.2f}  {mib:9,.0f}", flush=True)
+    print(f"{title:50} forward, s (ratio)  + backward, s (ratio)  peak, MiB")
+    print_ratios((THEIRS if against else {}) | OURS, unet_times)
     fused, default = (in_new_process(adamw_time, fused) for fused in (True, False))
     print(f"AdamW on as many, CPU time: fused {fused:.2f} s, torch's default {default:.2f} s")
+
+
+def print_ratios(rows, measure):
+    """A line per row: medians of two times, each with its ratio to the first row, and what else
+    `measure` returns. Every round measures all rows, each in a new process."""
+    results = {name: [] for name in rows}
+    for _ in trange(ROUNDS, unit="round", leave=False, disable=None):
+        for name, on in rows.items():
+            results[name].append(in_new_process(measure, on))
+    results = {name: np.median(found, axis=0) for name, found in results.items()}
+    first = next(iter(results.values()))
+    for name, (one, two, *more) in results.items():
+        times = f"{one:10.2f} ({one / first[0]:4.2f})  {two:13.2f} ({two / first[1]:4.2f})"
+        print(f"    {name:46} {times}" + "".join(f"  {value:9,.0f}" for value in more))
 
 
 def unet_times(on):
@@ -252,7 +340,7 @@ def adamw_time(fused):
     weights = [torch.zeros(PARAMETERS // 600, requires_grad=True) for _ in range(600)]
     for p in weights:
         p.grad = torch.full_like(p, 1e-3)
-    return cpu_seconds(torch.optim.AdamW(weights, 1e-4, fused=fused).step)
+    return cpu_seconds(torch.optim.AdamW(weights, 1e-4, fused=fused).step, 5)
 
 
 def bench_latent():
@@ -290,17 +378,17 @@ def latent_times(precision):
 
 
 def bench_first_stage(against=None):
-    print(f"{'first stage of the published size, 256 x 256, CPU time':54}  encode, s   decode, s")
-    for name in ("ours", "diffusers")[: 2 if against else 1]:
-        for precision in PRECISIONS:
-            encode, decode = in_new_process(first_stage_times, name, precision)
-            print(f"    {f'{name}, {precision}':50} {encode:10.2f}  {decode:10.2f}", flush=True)
+    title = "first stage of the published size, 256 x 256, CPU time"
+    print(f"{title:50}  encode, s (ratio)      decode, s (ratio)")
+    names = ("diffusers", "ours") if against else ("ours",)
+    cases = [(name, precision) for precision in PRECISIONS for name in names]
+    print_ratios({", ".join(case): case for case in cases}, first_stage_times)
 
 
 @torch.no_grad()
-def first_stage_times(name, precision):
+def first_stage_times(case):
     """CPU seconds of encoding and of decoding one image."""
-    x = torch.rand(1, 3, 256, 256) * 2 - 1
+    (name, precision), x = case, torch.rand(1, 3, 256, 256) * 2 - 1
     if name == "diffusers":
         model = their_first_stage()
         encode, decode = (lambda: model.encode(x).latents), (lambda z: model.decode(z).sample)
@@ -528,7 +616,12 @@ SPEED = {
     "first-stage": bench_first_stage,
     "packing": bench_packing,
 }
-MODES = SPEED | {"solvers": bench_solvers, "guidance": bench_guidance, "plan": bench_plan}
+MODES = SPEED | {
+    "profile": bench_profile,
+    "solvers": bench_solvers,
+    "guidance": bench_guidance,
+    "plan": bench_plan,
+}
 
 
 def main():
@@ -545,7 +638,8 @@ def main():
     mode, library = arguments.pop("mode"), arguments.get("against")
     if library and not importlib.util.find_spec(library):
         raise UserError(f"{library} is not installed; pip install {library}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{processor()}; torch {torch.__version__}, {torch.get_num_threads()} threads; ", end="")
+    print(time.strftime("%Y-%m-%d"))
     data.tune("cpu")
     for function in [MODES[mode]] if mode else SPEED.values():
         function(**arguments)

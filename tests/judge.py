@@ -105,7 +105,7 @@ def judged(images):
 def thumbnails(name, count=512):
     """At most `count` pictures of a set, evenly spread."""
     found = data.open_set(name, 256 if name.startswith("paintings") else None, pack=False)
-    rows = np.linspace(0, len(found.labels) - 1, min(count, len(found.labels))).astype(int)
+    rows = data.evenly(len(found.labels), count)
     return np.stack([data.fit(np.asarray(found.images[row]), 64) for row in rows])
 
 

@@ -587,6 +587,10 @@ def test_the_shares_of_table_4_1(tmp_path, monkeypatch):
     assert (paintings.images[:, 0, 0, 0] == paintings.labels).all()
 
 
+def test_evenly_spaced_rows():
+    assert data.evenly(11, 3).tolist() == [0, 5, 10] and data.evenly(2, 5).tolist() == [0, 1]
+
+
 def test_every_second_picture_has_any_colour(tmp_path):
     paintings = data.paint_set(tmp_path / "any", 32, 128, shares="any")
     means = mean_colour(paintings.images)
