@@ -21,6 +21,7 @@ import os
 import shutil
 import sys
 import tempfile
+import timeit
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -144,6 +145,32 @@ def check_device(device):
     if kind not in ("cuda", "mps", "cpu"):
         raise UserError(f"--device {device}: not there on this machine")
     return device
+
+
+def computes_bf16(device):
+    """Whether bfloat16 is faster than float32. A GPU is asked; a CPU is timed, because some that
+    have instructions for bfloat16 need twice as long with them."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    float32, bf16 = convolution_seconds() if kind == "cpu" else (1.0, 1.0)
+    return bf16 < 0.9 * float32
+
+
+def convolution_seconds(kinds=(torch.float32, torch.bfloat16)):
+    """The shortest of some times of a convolution with numbers of each type. They are timed in
+    turn and with one thread, so that another program slows down all of them alike."""
+
+    def work(kind):
+        x, weight = torch.ones(8, 64, 32, 32, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
+        return lambda: torch.nn.functional.conv2d(x, weight, padding=1)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    works = [work(kind) for kind in kinds]
+    times = [[timeit.timeit(work, number=1) for work in works] for _ in range(12)]
+    torch.set_num_threads(threads)
+    return [min(column) for column in zip(*times)]
 
 
 def send(x, device):

@@ -791,7 +791,13 @@ def parse():
     add("--size", type=int, help="pixels, of a latent model or first stage (default: as trained)")
     add("--weights", choices=("ema", "raw"), default="ema", help="averaged or raw (ema)")
     add("--batch", type=int, default=64, help="images per batch (default 64)")
-    add("--precision", choices=("float32", "bf16"), default="float32", help="(float32)")
+    precisions = ("auto", "float32", "bf16")
+    add(
+        "--precision",
+        choices=precisions,
+        default="auto",
+        help="of the diffusion network (auto: the faster)",
+    )
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--device", help="cuda, mps or cpu (default: the best one)")
     return p.parse_args()
@@ -846,7 +852,7 @@ def open_models(args, device):
         factor = model.first_stage.factor
         check_size(args.size, model.settings)
         model.shape = model.shape[0], args.size // factor, args.size // factor
-    if args.precision == "bf16":
+    if args.precision == "bf16" or args.precision == "auto" and data.computes_bf16(device):
         model.compute_in_bf16()
     if args.guide_above is None:
         args.guide_above = model.guide_above

@@ -26,7 +26,6 @@ import shlex
 import signal
 import sys
 import time
-import timeit
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -447,35 +446,12 @@ def settle(settings):
     if s.strategy == "fsdp" and not isinstance(s, Latent):
         raise UserError("--strategy fsdp: only for --stage ldm; the other networks are small")
     if s.precision == "auto":
-        s.precision = "bf16" if computes_bf16(s.device) else "float32"
+        votes = all_reduce_mean(float(data.computes_bf16(s.device)))
+        s.precision = "bf16" if votes > 0.5 else "float32"
         print(f"--precision {s.precision}: the faster one on this {s.device}")
     data.tune(s.device, keep_memory=not (dist.is_initialized() and s.strategy == "fsdp"))
     s.complete()
     return s
-
-
-def computes_bf16(device):
-    """Whether bfloat16 is faster than float32. A GPU is asked; a CPU is timed, because some that
-    have instructions for bfloat16 need twice as long with them."""
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device != "cpu":
-        return False
-    float32, bf16 = convolution_seconds()
-    return bool(all_reduce_mean(bf16 / float32) < 0.9)
-
-
-def convolution_seconds(kinds=(torch.float32, torch.bfloat16)):
-    """The shortest of some times of a convolution with numbers of each type. They are timed in
-    turn, so that another program which runs for a moment slows down all of them."""
-
-    def work(kind):
-        x, weight = torch.ones(8, 64, 32, 32, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
-        return lambda: F.conv2d(x, weight, padding=1)
-
-    works = [work(kind) for kind in kinds]
-    times = [[timeit.timeit(work, number=3) for work in works] for _ in range(8)]
-    return [min(column) for column in zip(*times)]
 
 
 def mixed_precision(settings):

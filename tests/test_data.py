@@ -21,6 +21,7 @@ from data import (
     TABLE_4_1,
     UserError,
     balanced_rows_of_update,
+    convolution_seconds,
     crop_and_resize,
     decode,
     is_plain,
@@ -585,6 +586,17 @@ def test_the_shares_of_table_4_1(tmp_path, monkeypatch):
     counts = np.bincount(paintings.labels)
     assert np.abs(counts - np.array(TABLE_4_1) / 4).max() <= 1 and counts.sum() == 19_774 // 4
     assert (paintings.images[:, 0, 0, 0] == paintings.labels).all()
+
+
+def test_both_types_are_timed_with_one_thread(monkeypatch):
+    threads, used = torch.get_num_threads(), set()
+    monkeypatch.setattr(
+        data.timeit,
+        "timeit",
+        lambda work, number: used.add((work().dtype, torch.get_num_threads())) or 1.0,
+    )
+    assert convolution_seconds() == [1.0, 1.0] and torch.get_num_threads() == threads
+    assert used == {(torch.float32, 1), (torch.bfloat16, 1)}
 
 
 def test_evenly_spaced_rows():

@@ -601,7 +601,9 @@ def make_tiny_classifier(path, schedule="linear"):
     return path
 
 
-def test_bf16_and_classifier_guidance_through_the_command_line(draw, refused, tiny_model, tmp_path):
+def test_bf16_and_classifier_guidance_through_the_command_line(
+    draw, refused, tiny_model, tmp_path, monkeypatch
+):
     guide = make_tiny_classifier(tmp_path / "guide.pt")
     other = make_tiny_classifier(tmp_path / "other.pt", "cosine")
     guided = ("--guidance", "classifier", "--scale", 400, "--classifier", guide)
@@ -616,6 +618,9 @@ def test_bf16_and_classifier_guidance_through_the_command_line(draw, refused, ti
         bf16 = image(*how, *guided, "--precision", "bf16")
         assert np.abs(classified - none).max() > 1 and np.abs(classified - plain).max() > 1
         assert 0 < np.abs(classified - bf16).mean() < 20
+        with monkeypatch.context() as patch:  # the default is the faster one
+            patch.setattr(sample.data, "convolution_seconds", lambda: (2.0, 1.0))
+            assert np.array_equal(image(*how, *guided), bf16)
     for path, words in ((other, "noise schedule are not those"), (tiny_model, "is no classifier")):
         assert words in refused("sample", "--run", tiny_model, *guided[:-1], path)
     assert "is no diffusion model but a classifier" in refused("sample", "--run", guide)

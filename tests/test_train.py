@@ -199,7 +199,7 @@ def test_the_log_has_means_over_the_updates_that_had_the_number(tmp_path):
 
 @pytest.mark.parametrize("bf16, precision", [(0.5, "bf16"), (1.0, "float32"), (2.0, "float32")])
 def test_a_cpu_trains_in_bf16_where_that_is_faster(monkeypatch, bf16, precision):
-    monkeypatch.setattr(train, "convolution_seconds", lambda: (1.0, bf16))
+    monkeypatch.setattr(train.data, "convolution_seconds", lambda: (1.0, bf16))
     assert settle(Letters(device="cpu")).precision == precision
 
 
