@@ -177,37 +177,47 @@ def dpm(eps, x, times, alpha_bar, eta=0.0, noise=None):
         yield t_next, x, x_0
 
 
+def times_of_log_r(alpha_bar, steps):
+    """Rising times from 1 to T for `ode_log_likelihood`, at most steps + 1, evenly spaced in log r.
+    There are fewer where r is small: neighbouring t are farther apart there."""
+    log_r = (1 / alpha_bar[1:] - 1).log() / 2
+    wanted = torch.lerp(log_r[0], log_r[-1], torch.linspace(0, 1, steps + 1).to(log_r))
+    return (1 + (log_r[:, None] - wanted).abs().argmin(0)).unique().tolist()
+
+
 def ode_log_likelihood(eps, x, times, alpha_bar, probe):
-    """log p(x_0) along the probability-flow ODE (not in the thesis): (B,), in nats.
+    """log p(x_t) at t = times[0] along the probability-flow ODE (not in the thesis), (B,), in nats.
 
     With y = x / sqrt(a) and r = sqrt(1/a - 1), dy/dr = eps (see `ddim_step`). A density moves with
     its points and thins out by the divergence of their velocity (the change of variables):
 
-        log p(y_0) = log p(y_R) + integral_0^R div_y eps dr,    x_T ~ N(0, I)
+        log p(y_t) = log p(y_T) + integral of div_y eps dr from r_t to r_T,    x_T ~ N(0, I)
 
     Hutchinson: div eps is the mean of z . (d eps/dy z) over z with entries +1 or -1; `probe` is one
-    such z per image. times: rising, from 0 to T. Heun's method, the mean of the slopes at both ends
-    of a step. No network knows t = 0, so t = 1 stands for it there.
+    such z per image. times: rising, from 1 or later to T. Heun's method: the mean of the slopes at
+    both ends of a step. The divergence is integrated over log r, as r div eps is almost constant
+    near the data.
     """
 
     def slope(y, t):
         root = alpha_bar[t].item() ** 0.5
         with torch.enable_grad():
             x = (root * y).detach().requires_grad_()
-            e = eps(x, max(t, 1))
+            e = eps(x, t)
             (gradient,) = torch.autograd.grad((e * probe).sum(), x)
         return e.detach(), root * (gradient * probe).flatten(1).sum(1)
 
-    y, integral = x, 0.0
+    a_0 = alpha_bar[times[0]].item()
+    y, integral = x / a_0**0.5, 0.0
     for t, t_next in zip(times, times[1:]):
         r, r_next = ((1 / alpha_bar[i].item() - 1) ** 0.5 for i in (t, t_next))
         e, div = slope(y, t)
         e_next, div_next = slope(y + (r_next - r) * e, t_next)
         y = y + (r_next - r) * (e + e_next) / 2
-        integral = integral + (r_next - r) * (div + div_next) / 2
+        integral = integral + math.log(r_next / r) * (r * div + r_next * div_next) / 2
     a, d = alpha_bar[times[-1]].item(), x[0].numel()
     square = (a**0.5 * y).square().flatten(1).sum(1)
-    return integral - square / 2 - d / 2 * math.log(2 * math.pi / a)
+    return integral - square / 2 - d / 2 * math.log(2 * math.pi * a_0 / a)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,11 +525,10 @@ def attention(model, y, seeds, **more):
     return to_uint8(model.decode(x)), total / count
 
 
-def draw_attention(palette, images, maps):
-    """A row per image, and where it read each colour of the palette; the first row has these."""
-    side, known = images.shape[1], palette[:, 3] != 0
-    colours = data.lab_to_rgb(palette[known, :3]).round().astype(np.uint8)
-    maps = F.interpolate(maps[:, known], (side, side), mode="bilinear")
+def draw_attention(colours, images, maps):
+    """A row per image, and where it read each of the colours (n, 3); the first row has these."""
+    side = images.shape[1]
+    maps = F.interpolate(maps, (side, side), mode="bilinear")
     maps = (255 * maps / maps.amax((1, 2, 3), keepdim=True)).byte().cpu().numpy()
     first = [np.full((side, side, 3), colour) for colour in [np.uint8([255] * 3), *colours]]
     rows = [[image, *np.repeat(ours[..., None], 3, axis=3)] for image, ours in zip(images, maps)]
@@ -723,25 +732,31 @@ def write_bound(args, device):
 
 @torch.no_grad()
 def write_ode(args, device):
-    """--ode: `ode_log_likelihood` of the same images in bits per dimension, in --steps steps.
+    """--ode: a bound with the density of the probability-flow ODE (not in the thesis), in --steps
+    steps. With x_1 ~ q(x_1|x_0), a single step of the chain,
 
-    An image has 256 values per dimension, 2/255 apart: uniform noise of that width makes them a
-    density, and log2(255/2) bits turn the density into the probability of a value.
+        -log p(x_0) <= E[ -log p_theta(x_0|x_1) - log p(x_1) + log q(x_1|x_0) ]
+
+    by the inequality of eq. 3.14. The first term is L_0 of --bound; the others replace all L_t.
     """
-    model, x, y, draw = open_likelihood(args, device, args.ode)
-    x = x + (torch.special.ndtr(draw()) - 0.5) * 2 / 255
-    probe, T = draw().sign(), model.diffusion.T
-    times = timesteps(T, min(args.steps, T))[::-1]
+    model, x_0, y, draw = open_likelihood(args, device, args.ode)
+    noise, probe, D = draw(), draw().sign(), model.diffusion
+    times = times_of_log_r(D.alpha_bar, args.steps)
     with tqdm(total=2 * len(times) - 2, desc="ode", unit="step", disable=None) as bar:
 
         def eps(x, t):
             bar.update()
             return model.eps(x, t, y)
 
-        nats = -ode_log_likelihood(eps, x, times, model.diffusion.alpha_bar, probe)
-    bits = nats / x[0].numel() / math.log(2) + math.log2(255 / 2)
-    error = bits.std() / len(x) ** 0.5
-    print(f"{'ode':12} {bits.mean():8.4f} +- {error:.4f} bits per dimension, {len(x)} images")
+        log_p = ode_log_likelihood(eps, D.q_sample(x_0, 1, noise), times, D.alpha_bar, probe)
+    log_q = -(noise.square() + (2 * math.pi * D.beta_bar[1]).log()).flatten(1).sum(1) / 2
+    first = D.data_term(lambda x, t: model.eps(x, t, y), x_0, noise)
+    rest = (log_q - log_p) / x_0[0].numel() / math.log(2)
+    error = (first + rest).std() / len(x_0) ** 0.5
+    print(f"{'L_0':12} {first.mean():8.4f}")
+    print(f"{'x_1 by ode':12} {rest.mean():8.4f}")
+    total = (first + rest).mean()
+    print(f"{'bound':12} {total:8.4f} +- {error:.4f} bits per dimension, {len(x_0)} images")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -827,7 +842,10 @@ def check(args):
         ),
         (args.colours and args.like, "--colours or --like, not both"),
         (len(args.colours or [0]) > 1 and not args.grid, "--colours: several only with --grid"),
-        (args.attention and not palette, "--attention: needs --colours or --like"),
+        (
+            args.attention and not (palette or args.label),
+            "--attention: needs --colours, --like or --label",
+        ),
         (args.away and guided, "--away: not with --guidance classifier"),
         ((args.scales or args.prior) and args.n == 1, "--scales or --prior needs --n 2 or more"),
         (args.gif and args.out and suffix != ".gif", f"--out {args.out}: a film; end it with .gif"),
@@ -936,7 +954,15 @@ def draw(model, args, label, settings):
     if palettes is not None:
         y, name = palettes.expand(n, -1, -1), "colours"
     if args.attention:
-        return draw_attention(palettes[0], *attention(model, y, seeds, **settings)), "attention"
+        if not model.cross_attentions():
+            raise UserError("--attention: this model has no cross-attention")
+        images, maps = attention(model, y, seeds, **settings)
+        if palettes is None:  # a label is one token
+            colours, known = np.uint8([data.COLOURS.get(name, (255, 255, 255))]), slice(1)
+        else:
+            known = palettes[0, :, 3] != 0
+            colours = data.lab_to_rgb(palettes[0, known, :3]).round().astype(np.uint8)
+        return draw_attention(colours, images, maps[:, known]), "attention"
     if args.gif and not args.label and palettes is None:
         y, name = np.arange(n) % len(model.classes), "all"
     if args.gif:

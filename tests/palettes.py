@@ -89,6 +89,8 @@ def main():
     if not isinstance(model, ldm.PaletteDiffusion):
         raise data.UserError(f"{sys.argv[1]}: knows labels only; train.py --condition palette")
     data.tune("cpu")
+    if data.computes_bf16("cpu"):
+        model.compute_in_bf16()
     paths = [interpolation(model, *pair) for pair in (("gold", "navy"), ("white", "darkred"))]
     plots.save(sample.tiles(np.concatenate(paths), 9, side=128), sys.argv[2])
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 256
@@ -96,8 +98,8 @@ def main():
         error = values.std() / len(values) ** 0.5
         print(f"{name:12} {values.mean():6.2f} +- {error:.2f}  median {np.median(values):6.2f}")
     for scale in (1.0, 2.0, 5.0):
-        single = single_colours(model, max(1, count // 4), scale).mean()
-        both = opposite_hues(model, max(1, count // 4), scale).all(1).mean()
+        single = single_colours(model, min(64, count), scale).mean()
+        both = opposite_hues(model, min(64, count), scale).all(1).mean()
         print(f"scale {scale:g}: one colour, Delta-E {single:5.2f};  both hues there {both:.0%}")
 
 
