@@ -526,10 +526,11 @@ def attention(model, y, seeds, **more):
 
 
 def draw_attention(colours, images, maps):
-    """A row per image, and where it read each of the colours (n, 3); the first row has these."""
+    """A row per image, and where it read each of the colours (n, 3); the first row has these. White
+    is where an image read a colour most."""
     side = images.shape[1]
     maps = F.interpolate(maps, (side, side), mode="bilinear")
-    maps = (255 * maps / maps.amax((1, 2, 3), keepdim=True)).byte().cpu().numpy()
+    maps = (255 * maps / maps.amax((2, 3), keepdim=True)).byte().cpu().numpy()
     first = [np.full((side, side, 3), colour) for colour in [np.uint8([255] * 3), *colours]]
     rows = [[image, *np.repeat(ours[..., None], 3, axis=3)] for image, ours in zip(images, maps)]
     return tiles(np.stack(sum(rows, first)), 1 + len(colours))

@@ -1050,9 +1050,12 @@ def test_hutchinson_needs_only_one_probe_where_positions_do_not_mix():
 
 
 def test_by_the_ode_an_image_that_the_model_knows_costs_no_bits(run, monkeypatch, tmp_path):
-    """Data that are one image: p(x_1) = q(x_1|x_0). Only the width of p(x_0|x_1) costs bits."""
-    model, clean = make_tiny_model(tmp_path / "m.pt"), open_set("letters:validation").batch([0])[0]
-    how = ("sample", "--ode", "--run", model, "--n", 1, "--device", "cpu", "--steps", 100)
+    """Every label has one image: p(x_1) = q(x_1|x_0). Only the width of p(x_0|x_1) costs bits."""
+    model, clean = (
+        make_tiny_model(tmp_path / "m.pt"),
+        open_set("letters:validation").batch([0, 1039])[0],
+    )
+    how = ("sample", "--ode", "--run", model, "--n", 2, "--device", "cpu", "--steps", 100)
     seen = []
 
     def eps(self, x, t, y):
