@@ -14,7 +14,7 @@ Without a mode, all but the last four run, in about five minutes on two quiet co
     plan GB       how many images fit on GPUs of so many GB (4.7)
 
 unet, first-stage and sampling measure the same work with another library, too:
-`python tests/bench.py unet --against diffusers`. Ratios are to the first row.
+`python tests/bench.py unet --against diffusers --rounds 5`. Ratios are to the first row.
 """
 
 import argparse
@@ -49,7 +49,6 @@ from unet import latent_unet
 from vqgan import VQGAN
 
 PRECISIONS = ("float32", "bf16")
-ROUNDS = 5
 
 
 def seconds(call, times=5, clock=time.perf_counter):
@@ -138,7 +137,7 @@ def bench_training(batch=32):
         print(f"    {precision}: {batch / taken:.0f} images/s, {share}", flush=True)
 
 
-def bench_sampling(against=None, batch=64, steps=50):
+def bench_sampling(against=None, batch=16, steps=50):
     print(f"sampling, PLMS {steps}, scale 2, batch {batch}")
     for name, model in (("letters", letters_model()), ("latents", latent_model(small=True))):
         for precision in PRECISIONS:
@@ -272,19 +271,19 @@ THEIRS = {
 }
 
 
-def bench_unet(against=None):
+def bench_unet(against=None, rounds=1):
     title = f"U-Net of {PARAMETERS:,} parameters, batch 2, CPU time"
     print(f"{title:50} forward, s (ratio)  + backward, s (ratio)  peak, MiB")
-    print_ratios((THEIRS if against else {}) | OURS, unet_times)
+    print_ratios((THEIRS if against else {}) | OURS, unet_times, rounds)
     fused, default = (in_new_process(adamw_time, fused) for fused in (True, False))
     print(f"AdamW on as many, CPU time: fused {fused:.2f} s, torch's default {default:.2f} s")
 
 
-def print_ratios(rows, measure):
+def print_ratios(rows, measure, rounds):
     """A line per row: medians of two times, each with its ratio to the first row, and what else
     `measure` returns. Every round measures all rows, each in a new process."""
     results = {name: [] for name in rows}
-    for _ in trange(ROUNDS, unit="round", leave=False, disable=None):
+    for _ in trange(rounds, unit="round", leave=False, disable=None):
         for name, on in rows.items():
             results[name].append(in_new_process(measure, on))
     results = {name: np.median(found, axis=0) for name, found in results.items()}
@@ -377,12 +376,12 @@ def latent_times(precision):
     return update, mib, time.perf_counter() - start
 
 
-def bench_first_stage(against=None):
+def bench_first_stage(against=None, rounds=1):
     title = "first stage of the published size, 256 x 256, CPU time"
     print(f"{title:50}  encode, s (ratio)      decode, s (ratio)")
     names = ("diffusers", "ours") if against else ("ours",)
     cases = [(name, precision) for precision in PRECISIONS for name in names]
-    print_ratios({", ".join(case): case for case in cases}, first_stage_times)
+    print_ratios({", ".join(case): case for case in cases}, first_stage_times, rounds)
 
 
 @torch.no_grad()
@@ -632,6 +631,8 @@ def main():
     modes = {name: commands.add_parser(name) for name in MODES}
     for name in ("sampling", "unet", "first-stage"):
         modes[name].add_argument("--against", choices=("diffusers",), help="measure it, too")
+    for name in ("unet", "first-stage"):
+        modes[name].add_argument("--rounds", type=int, default=1, help="medians of so many (1)")
     modes["plan"].add_argument("gigabytes", metavar="GB", type=float, help="of a GPU, such as 11")
     modes["plan"].add_argument("--precision", choices=PRECISIONS, default="float32")
     arguments = vars(parser.parse_args())
