@@ -151,10 +151,14 @@ def pictures():
 def several():
     """FSDP with a process per GPU, stopped and resumed."""
     processes = torch.cuda.device_count() if DEVICE == "cuda" else 2
-    size = "--model small --channels 32 --multipliers 1 1" if TOY else "--model thesis"
+    size = (
+        "--model small --channels 32 --multipliers 1 1 --optimizer adamw"
+        if TOY
+        else "--model thesis"
+    )
     with tempfile.TemporaryDirectory() as folder:
-        data.paint_set(Path(folder, "set"), 32 if TOY else 256, 40)
-        first = "--model small --size 32 --updates 3" if TOY else "--model thesis --updates 3"
+        data.paint_set(Path(folder, "set"), 64 if TOY else 256, 40)
+        first = "--model small --size 64 --updates 3" if TOY else "--model thesis --updates 3"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         torchrun += ["--nproc-per-node", str(processes)]
         common = f"--device {DEVICE} --data {folder}/set --batch {2 * processes}"
@@ -168,7 +172,9 @@ def several():
         for command in runs:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
-                raise UserError(f"{' '.join(command[2:])}: {done.stderr.strip().splitlines()[-1]}")
+                lines = done.stderr.strip().splitlines()
+                why = [line for line in lines if line.startswith("error: ")] or lines[-1:]
+                raise UserError(f"{' '.join(command[2:])}: {why[0]}")
     yield f"FSDP, {processes} processes, resumed", f"works; {time.perf_counter() - start:.0f} s"
 
 
