@@ -163,7 +163,6 @@ class Pyramid(nn.Module):
     def forward(self, x, t, context):
         if self.training and self.only is not None:
             return self.v(self.only, x, t, context)
-        x = x.to(torch.promote_types(x.dtype, self.alpha_bar.dtype))  # FSDP in bf16 casts it
         out, levels = torch.empty_like(x), self.level[t]
         for level in levels.unique().tolist():
             rows = levels == level

@@ -329,6 +329,8 @@ class Latent(Diffusion):
         if any(channels < 1 or channels % self.multiple for channels in self.pyramid):
             raise UserError(f"--pyramid {self.pyramid}: needs multiples of {self.multiple}")
         several = dist.is_initialized() and self.strategy == "fsdp"
+        if self.pyramid and several:  # processes that wait for each other's parts of a U-Net
+            raise UserError("--pyramid: its U-Nets are small; they need --strategy ddp")
         if self.cpu_offload and not several or self.compile and several:
             raise UserError(
                 "--cpu-offload needs torchrun and fsdp; --compile does not go with them"

@@ -152,7 +152,7 @@ def several():
     """FSDP with a process per GPU, stopped and resumed."""
     processes = torch.cuda.device_count() if DEVICE == "cuda" else 2
     size = (
-        "--model small --channels 32 --multipliers 1 1 --optimizer adamw"
+        "--model small --channels 32 --multipliers 1 1 --optimizer adamw --pyramid"
         if TOY
         else "--model thesis"
     )

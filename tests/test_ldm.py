@@ -365,16 +365,6 @@ def test_details_are_drowned_where_they_deviate_a_tenth_as_much_as_the_noise():
     assert (model.unet.level.diff() >= 0).all()
 
 
-def test_a_pyramid_in_bf16_joins_its_levels_in_float32():
-    """FSDP with bf16 casts x_t; the U-Nets of different t have outputs of different types."""
-    unet = tiny(**PYRAMID).unet
-    unet.level[500:] = 1
-    x, t, context = randn(2, 4, 8, 8).bfloat16(), torch.tensor([10, 900]), randn(2, 1, 12)
-    out = unet(x, t, context)
-    torch.testing.assert_close(out, unet(x.float(), t, context))
-    assert out.dtype == torch.float32
-
-
 def test_an_update_of_a_pyramid_trains_one_u_net_at_its_t(folder, first_stage):
     how = PYRAMID | {"optimizer": "muon", "multipliers": (1, 1)}
     s = stage(folder, first_stage, **how)
