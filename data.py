@@ -157,9 +157,9 @@ def computes_bf16(device):
     return bf16 < 0.9 * float32
 
 
-def convolution_seconds(kinds=(torch.float32, torch.bfloat16)):
-    """The shortest of some times of a convolution with numbers of each type. They are timed in
-    turn and with one thread, so that another program slows down all of them alike."""
+def convolution_seconds():
+    """The shortest of some times of a convolution in float32, and in bfloat16. They are timed in
+    turn and with one thread, so that another program slows down both alike."""
 
     def work(kind):
         x, weight = torch.ones(8, 64, 32, 32, dtype=kind), torch.ones(64, 64, 3, 3, dtype=kind)
@@ -167,7 +167,7 @@ def convolution_seconds(kinds=(torch.float32, torch.bfloat16)):
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    works = [work(kind) for kind in kinds]
+    works = [work(torch.float32), work(torch.bfloat16)]
     times = [[timeit.timeit(work, number=1) for work in works] for _ in range(12)]
     torch.set_num_threads(threads)
     return [min(column) for column in zip(*times)]

@@ -29,7 +29,7 @@ PIGMENTS = {
 
 
 def paint(rng, size, colour, to_lab, fits, pigments):
-    """An abstract picture whose mean colour fits to the given one: (size, size, 3) uint8.
+    """An abstract picture whose mean colour fits the given one: (size, size, 3) uint8.
 
     rng       random generator of numpy; the picture is a function of its state
     colour    the colour (r, g, b) of most of the picture, 0 to 255

@@ -724,11 +724,19 @@ def write_bound(args, device):
             return draw()
 
         terms = model.diffusion.bound(lambda x, t: model.eps(x, t, y), x, noise)
-    total, error = terms.sum(1), terms.sum(1).std() / len(x) ** 0.5
-    parts = {"L_0": terms[:, 0], f"L_1 to L_{T - 1}": terms[:, 1:-1].sum(1), f"L_{T}": terms[:, -1]}
+    middle = {f"L_1 to L_{T - 1}": terms[:, 1:-1].sum(1)}
+    print_bound({"L_0": terms[:, 0]} | middle | {f"L_{T}": terms[:, -1]})
+
+
+def print_bound(parts):
+    """Means over the images of the parts (B,) and of their sum, in bits per dimension."""
     for name, value in parts.items():
         print(f"{name:12} {value.mean():8.4f}")
-    print(f"{'bound':12} {total.mean():8.4f} +- {error:.4f} bits per dimension, {len(x)} images")
+    total = sum(parts.values())
+    error = total.std() / len(total) ** 0.5
+    print(
+        f"{'bound':12} {total.mean():8.4f} +- {error:.4f} bits per dimension, {len(total)} images"
+    )
 
 
 @torch.no_grad()
@@ -752,12 +760,7 @@ def write_ode(args, device):
         log_p = ode_log_likelihood(eps, D.q_sample(x_0, 1, noise), times, D.alpha_bar, probe)
     log_q = -(noise.square() + (2 * math.pi * D.beta_bar[1]).log()).flatten(1).sum(1) / 2
     first = D.data_term(lambda x, t: model.eps(x, t, y), x_0, noise)
-    rest = (log_q - log_p) / x_0[0].numel() / math.log(2)
-    error = (first + rest).std() / len(x_0) ** 0.5
-    print(f"{'L_0':12} {first.mean():8.4f}")
-    print(f"{'x_1 by ode':12} {rest.mean():8.4f}")
-    total = (first + rest).mean()
-    print(f"{'bound':12} {total:8.4f} +- {error:.4f} bits per dimension, {len(x_0)} images")
+    print_bound({"L_0": first, "x_1 by ode": (log_q - log_p) / x_0[0].numel() / math.log(2)})
 
 
 # --------------------------------------------------------------------------------------------------
