@@ -967,26 +967,28 @@ def paint(seed, label, size=256):
 
     rng, colour = np.random.default_rng([seed, label]), list(COLOURS.values())[label]
     pigments = list(painter.PIGMENTS.values())
-    return painter.paint(rng, size, colour, rgb_to_lab, fits, pigments)
+    return painter.paint(rng, size, [colour], rgb_to_lab, fits, pigments)
 
 
 def paint_any(seed, size=256):
-    """An abstract picture of any colour, with accents of any colours, for palettes.
+    """An abstract picture of one, two or three colours of any kind, for palettes.
 
-    Colour and accents are uniform in the RGB cube. Returns (size, size, 3) uint8.
+    They and the accents are uniform in the RGB cube. Returns (size, size, 3) uint8.
     """
     rng = np.random.default_rng([seed, len(COLOURS)])
-    colour, *pigments = rng.uniform(0, 255, (1 + len(painter.PIGMENTS), 3))
+    count = rng.integers(1, 4)
+    colours, pigments = np.split(rng.uniform(0, 255, (count + len(painter.PIGMENTS), 3)), [count])
 
-    def fits(picture):
-        return np.linalg.norm(mean_colour(picture, "lab") - rgb_to_lab(colour)) < ONE_COLOUR
+    def fits(picture):  # the mean of several colours is none of them
+        distance = np.linalg.norm(mean_colour(picture, "lab") - rgb_to_lab(colours[0]))
+        return count > 1 or distance < ONE_COLOUR
 
-    return painter.paint(rng, size, colour, rgb_to_lab, fits, pigments)
+    return painter.paint(rng, size, colours, rgb_to_lab, fits, pigments)
 
 
 def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", replace=False):
     """Paint a packed set. shares: "balanced", "table" for the shares of table 4.1, or "any":
-    balanced, but every second picture has any colour and the nearest label."""
+    balanced, but every second picture is one of `paint_any` and has the nearest label."""
     state = {"painter": painter.VERSION, "size": size, "n": count, "seed": seed, "shares": shares}
     if is_packed(folder, state, replace):
         return read_packed(folder)
@@ -1082,7 +1084,7 @@ def parse():
         "--shares",
         choices=("balanced", "table", "any"),
         default="balanced",
-        help="of the labels; any: every second picture has any colour",
+        help="of the labels; any: every second picture has one to three colours of any kind",
     )
     p.add_argument("--seed", type=int, default=0, help="of the painted pictures (default 0)")
     return parser.parse_args()

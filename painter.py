@@ -28,16 +28,16 @@ PIGMENTS = {
 }  # fmt: skip
 
 
-def paint(rng, size, colour, to_lab, fits, pigments):
-    """An abstract picture whose mean colour fits the given one: (size, size, 3) uint8.
+def paint(rng, size, colours, to_lab, fits, pigments):
+    """An abstract picture whose mean colour fits the given ones: (size, size, 3) uint8.
 
     rng       random generator of numpy; the picture is a function of its state
-    colour    the colour (r, g, b) of most of the picture, 0 to 255
+    colours   the one, two or three colours (r, g, b) of most of the picture, 0 to 255
     to_lab    function that converts RGB colours (..., 3) to CIE-LAB
     fits      function that says whether the mean colour of a picture (H, W, 3) is the wanted one
     pigments  other colours, for mixtures and accents
     """
-    easel = Easel(rng, size * 3 // 2, colour, to_lab, pigments)
+    easel = Easel(rng, size * 3 // 2, colours, to_lab, pigments)
     composition = COMPOSITIONS[rng.integers(len(COMPOSITIONS))]
     composition(easel, rng)
     if composition in (soft_fields, zips):  # these look best upright
@@ -51,9 +51,9 @@ def paint(rng, size, colour, to_lab, fits, pigments):
     picture = Image.fromarray(easel.finished()).transform(
         (size, size), Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC
     )
-    # the weakest tint of the colour after which the picture fits
+    # the weakest tint of the colours' mean after which the picture fits
     thumbnail = np.asarray(picture)[::4, ::4].astype(np.float32)
-    tint = np.array(colour) - thumbnail.mean((0, 1))
+    tint = np.mean(colours, axis=0) - thumbnail.mean((0, 1))
     for strength in np.linspace(0, 1, 21):
         if fits(np.clip(thumbnail + strength * tint, 0, 255).astype(np.uint8)):
             break
@@ -74,31 +74,38 @@ class Easel:
     `accent` is the probability that a stroke takes an accent colour.
     """
 
-    def __init__(self, rng, n, colour, to_lab, pigments):
+    def __init__(self, rng, n, colours, to_lab, pigments):
         self.rng, self.n = rng, n
         self.y, self.x = np.mgrid[-1 : 1 : n * 1j, -1 : 1 : n * 1j].astype(np.float32)
         self.canvas = np.zeros((n, n, 4), np.float32)
-        # mixtures: darker and lighter shades of the colour, each with a little of some pigment
-        colour = np.array(colour, np.float32)
-        darkest = 0.55 - 0.4 * colour @ (0.2, 0.6, 0.2) / 255
-        steps = rng.permutation(np.linspace(-darkest, 0.6, 6) + rng.uniform(-0.1, 0.1, 6))
-        steps = steps[:, None].astype(np.float32)
-        shades = colour + np.abs(steps) * (np.where(steps < 0, 0, 255) - colour)
-        share = rng.uniform(0, 0.3, (6, 1)).astype(np.float32)
         pigments = np.array(pigments, np.float32)
-        self.mixtures = shades + share * (rng.choice(pigments, 6) - shades)
-        # accents: pigments; the farther one is from the colour, the likelier
-        difference = to_lab(pigments) - to_lab(np.array([colour], np.float64))
-        distance = np.linalg.norm(difference, axis=-1)
+        count = 6 // len(colours)
+        self.mixtures = np.concatenate([self.shades(c, count, pigments) for c in colours])
+        self.may_mix = len(colours) == 1  # several colours stay apart
+        # accents: pigments; the farther one is from the colours, the likelier
+        difference = to_lab(pigments) - to_lab(np.array(colours, np.float64))[:, None]
+        distance = np.linalg.norm(difference, axis=-1).min(0)
         count, share = rng.integers(2, 5), distance / distance.sum()
         self.accents = rng.choice(pigments, count, replace=False, p=share)
 
+    def shades(self, colour, count, pigments):
+        """Darker and lighter shades of a colour, each with a little of some pigment: (count, 3).
+        The fewer there are, the nearer they are to the colour."""
+        rng, colour = self.rng, np.array(colour, np.float32)
+        darkest = 0.55 - 0.4 * colour @ (0.2, 0.6, 0.2) / 255
+        steps = np.linspace(-darkest, 0.6, count) + rng.uniform(-0.1, 0.1, count)
+        steps = rng.permutation(steps * count / 6)[:, None].astype(np.float32)
+        shades = colour + np.abs(steps) * (np.where(steps < 0, 0, 255) - colour)
+        share = rng.uniform(0, 0.3, (count, 1)).astype(np.float32)
+        return shades + share * (rng.choice(pigments, count) - shades)
+
     def colour(self, accent):
-        """An accent colour with the probability `accent`, else a colour between two mixtures."""
+        """An accent colour with the probability `accent`, else a mixture, or one between two."""
         if self.rng.uniform() < accent:
             return self.rng.choice(self.accents)
         a, b = self.rng.choice(self.mixtures, 2)
-        return a + (b - a) * self.rng.uniform()
+        mix = self.rng.uniform()
+        return a + (b - a) * (mix if self.may_mix else round(mix))
 
     def noise(self, across, down=None, shape=None):
         """Smooth noise of `across` x `down` cells, about 0 to 1. shape: (H, W), else the canvas."""

@@ -1,6 +1,6 @@
 """Measure speed and memory. Compare numbers within one run only:  python tests/bench.py [MODE]
 
-Without a mode, all but the last four run, in about five minutes on two quiet cores.
+Without a mode, all but the last five run, in about five minutes on two quiet cores.
 
     training      images per second of the letters model, and its share of the machine's peak
     sampling      images per second, and the share of the time that the network takes
@@ -8,6 +8,7 @@ Without a mode, all but the last four run, in about five minutes on two quiet co
     latent        the thesis's latent model: one update, one picture; seconds and peak memory
     first-stage   the first stage of the published size: encode, decode
     packing       a packed set of 400,000 images: pack it, open it, read a batch
+    compile       the thesis's U-Net in bf16 with torch.compile; takes minutes to begin
     profile       where the time of an update goes
     solvers       errors of the samplers by number of steps -> assets/solvers.png
     guidance      both guidances at several scales, with runs/classifier -> assets/guidance.png
@@ -262,7 +263,6 @@ OURS = {  # a row of the table -> what is switched on
     "ours, float32, activations computed again": ("tune", "again"),
     "ours, bf16": ("tune", "bf16"),
     "ours, bf16, weights cast once, to sample": ("tune", "bf16", "once"),
-    "ours, bf16, torch.compile": ("tune", "bf16", "compile"),
 }
 THEIRS = {
     "diffusers, float32": ("diffusers",),
@@ -272,11 +272,20 @@ THEIRS = {
 
 
 def bench_unet(against=None, rounds=1):
-    title = f"U-Net of {PARAMETERS:,} parameters, batch 2, CPU time"
-    print(f"{title:50} forward, s (ratio)  + backward, s (ratio)  peak, MiB")
-    print_ratios((THEIRS if against else {}) | OURS, unet_times, rounds)
+    print_unets((THEIRS if against else {}) | OURS, rounds)
     fused, default = (in_new_process(adamw_time, fused) for fused in (True, False))
     print(f"AdamW on as many, CPU time: fused {fused:.2f} s, torch's default {default:.2f} s")
+
+
+def bench_compile(rounds=1):
+    name = "ours, bf16"
+    print_unets({name: OURS[name], f"{name}, torch.compile": (*OURS[name], "compile")}, rounds)
+
+
+def print_unets(rows, rounds):
+    title = f"U-Net of {PARAMETERS:,} parameters, batch 2, CPU time"
+    print(f"{title:50} forward, s (ratio)  + backward, s (ratio)  peak, MiB")
+    print_ratios(rows, unet_times, rounds)
 
 
 def print_ratios(rows, measure, rounds):
@@ -616,6 +625,7 @@ SPEED = {
     "packing": bench_packing,
 }
 MODES = SPEED | {
+    "compile": bench_compile,
     "profile": bench_profile,
     "solvers": bench_solvers,
     "guidance": bench_guidance,
@@ -631,7 +641,7 @@ def main():
     modes = {name: commands.add_parser(name) for name in MODES}
     for name in ("sampling", "unet", "first-stage"):
         modes[name].add_argument("--against", choices=("diffusers",), help="measure it, too")
-    for name in ("unet", "first-stage"):
+    for name in ("unet", "first-stage", "compile"):
         modes[name].add_argument("--rounds", type=int, default=1, help="medians of so many (1)")
     modes["plan"].add_argument("gigabytes", metavar="GB", type=float, help="of a GPU, such as 11")
     modes["plan"].add_argument("--precision", choices=PRECISIONS, default="float32")

@@ -81,7 +81,7 @@ def run_until(name, arguments, data, out, stop=None, resume=False):
     train.EMA.update = interrupted
     if name != "fsdp":
         train.previews = lambda *_: {}  # pictures take longer than these runs
-    train.images_by_label = lambda model, columns, **how: draw(model, 1, **how)
+    train.images_by_label = lambda model, columns, **how: draw(model, 1, **how | {"steps": 2})
     try:
         words = [*arguments, *sets, "--out", out / name, *(["--resume"] if resume else [])]
         train.train(*train.parse([str(word) for word in words]))

@@ -8,7 +8,7 @@ import pytest
 from PIL import ImageFont
 
 import painter
-from data import is_plain, mean_colour, nearest_colour, open_set, paint
+from data import is_plain, mean_colour, nearest_colour, open_set, paint, rgb_to_lab
 
 FONT = ImageFont.load_default(20).font_bytes  # the font that comes with Pillow
 
@@ -22,6 +22,21 @@ def test_pictures_have_the_colour_that_was_asked_for():
     assert not any(is_plain(picture) for picture in pictures)
     assert np.array_equal(paint(3, 3, 64), pictures[3])
     assert not np.array_equal(paint(4, 3, 64), pictures[3])
+
+
+def test_a_picture_may_have_several_main_colours():
+    """Its share within Delta-E 20 of each: grey is the only other colour that the painter has."""
+    red, cyan = (200, 30, 30), (30, 190, 200)
+
+    def shares(colours):
+        how = (64, colours, rgb_to_lab, lambda picture: True, [(90, 90, 90)] * 6)
+        rngs = map(np.random.default_rng, range(24))
+        pictures = np.stack([painter.paint(rng, *how) for rng in rngs])
+        lab = rgb_to_lab(np.array([red, cyan], float))[:, None, None, None]
+        return (np.linalg.norm(rgb_to_lab(pictures) - lab, axis=-1) < 20).mean((1, 2, 3))
+
+    (one, other), both = shares([red]), shares([red, cyan])
+    assert one > 0.05 and other == 0 and both.min() > 0.03
 
 
 def test_pictures_are_those_of_their_version():

@@ -187,7 +187,7 @@ def test_without_a_gpu_its_program_is_one_line(monkeypatch, capsys):
 def test_an_update_does_not_wait_for_it(
     monkeypatch, folder, first_stage, tiny_model, tmp_path, stage
 ):
-    """Six more updates, none of which is logged, add nothing that waits for the GPU."""
+    """Two more updates, none of which is logged, add nothing that waits for the GPU."""
     monkeypatch.setattr(train, "previews", lambda *_: {})
     words = {
         "letters": LETTERS.split(),
@@ -200,7 +200,7 @@ def test_an_update_does_not_wait_for_it(
     if stage in ("ldm", "pyramid"):
         words += ["--data", str(folder), "--first-stage", str(first_stage)]
     waits = []
-    for updates in ("3", "9"):
+    for updates in ("3", "5"):
         more = ["--updates", updates, "--out", str(tmp_path / updates), "--save-every", "99"]
         more += ["--validate-every", "99", "--preview-every", "99"]
         with device("cuda", monkeypatch) as operations:
