@@ -19,6 +19,7 @@ from unet import (
     SpatialTransformer,
     TransformerBlock,
     UNet,
+    attend,
     latent_unet,
     letters_unet,
     linear_attention,
@@ -175,6 +176,13 @@ def test_cross_attention_is_softmax_over_the_tokens():
     assert_close(layer(x, context), layer.to_out(torch.cat(heads, dim=-1)))
     plain = CrossAttention(8, 8, heads=2).double()
     assert_close(plain(x), plain(x, x))  # without a context: self-attention
+
+
+def test_attention_to_few_and_to_many_positions_is_one_formula():
+    """Above 256 * 256 weights it is torch's function that computes them."""
+    for n in (5, 300):
+        q, k, v = randn(3, 2, 4, n, 8)
+        assert_close(attend(q, k, v), torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v)
 
 
 def test_e52_one_token_conditions_without_attending():
