@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import unet
+
 ROOT = str(Path(__file__).parent.parent)
 ATEN = torch.ops.aten
 MAY_MIX = {ATEN.index.Tensor, ATEN.index_put_.default, ATEN.index_put.default, ATEN.copy_.default}
@@ -168,6 +170,8 @@ def device(name, monkeypatch):
         return autocast("cpu" if kind == name else kind, *arguments, **more)
 
     monkeypatch.setattr(torch, "autocast", on_cpu)
+    # what is computed again in the backward pass does not see the marks, so it cannot choose
+    monkeypatch.setattr(unet, "attend", torch.nn.functional.scaled_dot_product_attention)
     if name == "cuda":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
