@@ -5,6 +5,7 @@ import signal
 import sys
 import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +21,24 @@ from ldm import build_letters, save_model
 TINY = {"channels": 16, "multipliers": (1, 1), "blocks": 1, "schedule": "linear", "T": 1000}
 TINY |= {"p_uncond": 0.2, "predict": "v", "data": "letters", "condition": "sum"}
 data.tune("cpu")  # as the programs do, so that no result depends on the order of the tests
+torch.set_num_threads(1)  # tiny networks do not need more
 PROGRAMS = {"data": data.main, "fid": fid.main, "plots": plots.main}
 PROGRAMS |= {"sample": sample.main, "train": train.main}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request, tmp_path_factory):
+    """The runs of test_distributed.py take longest: they go on beside the other tests."""
+    import test_distributed
+
+    if any(item.path == Path(test_distributed.__file__) for item in request.session.items):
+        folder = tmp_path_factory.mktemp("runs")
+        return test_distributed.begin(folder), folder
+
+
+def pytest_collection_modifyitems(items):
+    """So their results are looked at last."""
+    items.sort(key=lambda item: item.path.name == "test_distributed.py")
 
 
 @pytest.fixture(autouse=True)

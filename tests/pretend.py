@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import unet
 
@@ -47,7 +46,14 @@ def in_clip_grad():
 
 
 def tensors(values):
-    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return []
+    return [x for value in values for x in tensors(value)]
 
 
 def place(x):

@@ -1,6 +1,7 @@
 """Section 4.7: two processes compute what one does, with DDP and FSDP; checkpoints open everywhere.
 
-One torchrun of this file makes all runs of two processes: every process goes through `PLAN`.
+`all_runs` goes on in the background while other tests run. One torchrun of this file makes all runs
+of two processes: every process goes through `PLAN`.
 """
 
 import csv
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,8 +110,34 @@ def with_plain_sgd(name, arguments, data, out):
         torch.optim.AdamW = adamw
 
 
+def all_runs(data, out):
+    """Every run of one process, and a torchrun with every run of two processes."""
+    make_pictures(data)
+    for name, stage in SINGLE.items():
+        run_until(name, stage, data, out)
+    with_plain_sgd("sgd", LDM, data, out)
+    for name in ("one-to-two", "one-to-ddp"):
+        run_until(name, LDM, data, out, stop=2)
+    done = torchrun(in_two_processes.__name__, data, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run_until("two-to-one", going_on(), data, out, resume=True)
+
+
+def make_pictures(folder):
+    """Small pictures in folders named after the colours, and an untrained first stage."""
+    g = np.random.default_rng(0)
+    for i in range(24):
+        place = folder / "pictures" / list(COLOURS)[i % 8]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(g.integers(0, 256, (4, 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{i:02d}.png")
+    torch.manual_seed(0)
+    weights = build_first_stage(FIRST).state_dict()
+    save_model(folder / "first.pt", "vqgan", FIRST, [], 1, {"ema": weights, "raw": weights})
+
+
 def in_two_processes(data, out):
-    """What every process of the torchrun below does."""
+    """What every process of this torchrun does."""
     for name, arguments in PLAN.items():
         run_until(name, arguments, data, out)
     for strategy in ("ddp", "fsdp"):
@@ -167,11 +195,6 @@ def lose_a_process(data, out):
     )
 
 
-if __name__ == "__main__":
-    what, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-    train.run_distributed(lambda: globals()[what](data, out))
-
-
 # -------------------------------------------------------------------------------------------- tests
 
 
@@ -186,48 +209,29 @@ def torchrun(*arguments, file=__file__, **how):
         file,
         *arguments,
     ]
+    command = [str(word) for word in command]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, **how)
+
+
+def environment():
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(word) for word in command], env=environment, capture_output=True, text=True, **how
-    )
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def begin(folder):
+    """Start `all_runs` in the background."""
+    command = [sys.executable, __file__, all_runs.__name__, str(folder / "data"), str(folder)]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), **how)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Small pictures in folders named after the colours, and an untrained first stage."""
-    root, g = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for i in range(24):
-        folder = root / "pictures" / list(COLOURS)[i % 8]
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = np.kron(g.integers(0, 256, (4, 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
-    torch.manual_seed(0)
-    model = build_first_stage(FIRST)
-    save_model(
-        root / "first.pt",
-        "vqgan",
-        FIRST,
-        [],
-        1,
-        {"ema": model.state_dict(), "raw": model.state_dict()},
-    )
-    return root
-
-
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """Every run of `PLAN` by two processes, and the same runs by one process."""
-    out = tmp_path_factory.mktemp("runs")
-    for name, stage in SINGLE.items():
-        run_until(name, stage, data, out)
-    with_plain_sgd("sgd", LDM, data, out)
-    for name in ("one-to-two", "one-to-ddp"):
-        run_until(name, LDM, data, out, stop=2)
-    done = torchrun(in_two_processes.__name__, data, out)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run_until("two-to-one", going_on(), data, out, resume=True)
-    return out
+def runs(beside):
+    """The folder of all runs, which conftest.py has begun."""
+    process, folder = beside
+    output, _ = process.communicate()
+    assert process.returncode == 0, f"{all_runs.__name__}: {output[-3000:]}"
+    return folder
 
 
 def curve(run, *columns):
@@ -327,8 +331,8 @@ def test_a_sharded_run_opens_in_one_process(runs):
     assert progress["update"] == 4
 
 
-def test_a_lost_process_ends_the_run_with_one_line(data, tmp_path):
-    done = torchrun(lose_a_process.__name__, data, tmp_path, timeout=100)
+def test_a_lost_process_ends_the_run_with_one_line(tmp_path):
+    done = torchrun(lose_a_process.__name__, tmp_path, tmp_path, timeout=100)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1, done.stderr
     assert (
@@ -349,3 +353,9 @@ def test_torchrun_and_bad_input(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(lines) == 1 and message in lines[0], done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+if __name__ == "__main__":
+    what, data, out = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    program = partial(globals()[what], data, out)
+    train.run_distributed(program) if "LOCAL_RANK" in os.environ else program()

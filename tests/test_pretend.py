@@ -18,6 +18,13 @@ from vqgan import PerceptualLoss
 folder, first_stage = test_ldm.folder, test_ldm.first_stage
 
 
+def on_both(flags, mps):
+    """Every case on cuda, and those with a word of `mps` on mps, too, which lacks float64."""
+    both = [("cuda", more) for more in flags]
+    both += [("mps", more) for more in flags if any(word in more for word in mps)]
+    return pytest.mark.parametrize(("gpu", "more"), both, indirect=["gpu"])
+
+
 @pytest.fixture(params=["cuda", "mps"])
 def gpu(request, monkeypatch):
     with device(request.param, monkeypatch) as operations:
@@ -57,14 +64,14 @@ LETTERS = "--stage letters --model small --channels 32 --multipliers 1 1 --T 4 -
 LETTERS += " --updates 2 --overfit 8 --validate-every 2 --preview-every 2 --save-every 1"
 
 
-@pytest.mark.parametrize(
-    "more",
+@on_both(
     [
         "",
         "--condition attention --predict eps",
         "--predict flow --views 2 --optimizer muon",
         "--precision float32 --accumulate 2 --balanced --ema 0",
     ],
+    mps=["muon"],
 )
 def test_letters_train_on_it(gpu, tmp_path, more):
     words = [
@@ -84,14 +91,14 @@ FIRST += " --batch 4 --codes 8 --data letters --updates 3 --overfit 8 --validate
 FIRST += " --preview-every 3 --groups 2 --disc-channels 8 --quantise-from 1 --disc-start 1"
 
 
-@pytest.mark.parametrize(
-    "more",
+@on_both(
     [
         "--bottleneck vq",
         "--bottleneck vq --adversarial 0 --precision float32 --save-every 1",
         "--bottleneck kl --equivariant --optimizer muon --views 8 --crop 16 --disc-layers 1",
         "--bottleneck none --adversarial-loss vanilla --no-adaptive --perceptual-files made",
     ],
+    mps=["--bottleneck vq", "muon"],
 )
 def test_first_stages_train_on_it(gpu, tmp_path, monkeypatch, more):
     if "--perceptual-files" in more:
@@ -100,14 +107,14 @@ def test_first_stages_train_on_it(gpu, tmp_path, monkeypatch, more):
     train.train(*train.parse(words))
 
 
-@pytest.mark.parametrize(
-    "more",
+@on_both(
     [
         "--predict v --precision bf16",
         "--precision float32 --pyramid 32 --schedule log_linear --optimizer muon"
         " --checkpoint-activations",
         "--condition palette --views 8 --precision bf16",
     ],
+    mps=["muon", "palette"],
 )
 def test_the_latent_model_trains_on_it(gpu, folder, first_stage, tmp_path, more):
     words = [*map(str, ARGUMENTS), "--data", str(folder), "--first-stage", str(first_stage)]
