@@ -88,8 +88,8 @@ def in_new_process(function, *arguments):
         return pool.apply(function, arguments)
 
 
-def autocast(precision):
-    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+def autocast(precision, device="cpu"):
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def letters_model():
@@ -109,33 +109,44 @@ def latent_model(small=False):
     return ldm.build_latent(settings | {"latent_scale": 1.0}, COLOURS)
 
 
+def update_of(model, batch, precision, device="cpu"):
+    """A function that does one update of a diffusion model with random images or latents."""
+    ema = train.EMA(model, 0.9999)
+    optimizer = torch.optim.AdamW(ema.parameters, 1e-4, fused=True)
+    x, noise = torch.randn(2, batch, *model.shape, device=device)
+    y = torch.arange(batch, device=device) % model.zero_label
+    t = torch.randint(1, model.diffusion.T + 1, (batch,)).to(device)
+
+    def update():
+        with autocast(precision, device):
+            loss = model.loss(x, y, t, noise).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(ema.parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(1)
+
+    return update
+
+
 # --------------------------------------------------------------------------------------------------
 # Speed of the small models
 # --------------------------------------------------------------------------------------------------
 
 
 def bench_training(batch=32):
-    model = letters_model()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    x, y, t = torch.randn(batch, 3, 32, 32), torch.arange(batch) % 27, torch.full((batch,), 500)
+    model, flops = letters_model(), FlopCounterMode(display=False)
     conv = torch.nn.Conv2d(256, 256, 3, padding=1).to(memory_format=torch.channels_last)
     large = torch.randn(8, 256, 32, 32).to(memory_format=torch.channels_last)
-
-    def update(precision):
-        with autocast(precision):
-            model.loss(x, y, t, torch.randn_like(x)).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with FlopCounterMode(display=False) as counter:
-        update("float32")
+    with flops:
+        update_of(model, batch, "float32")()
     print(f"training letters, batch {batch}, and its share of the peak of a large convolution")
     for precision, kind in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         conv, large = conv.to(kind), large.to(kind)
-        taken = seconds(lambda: update(precision))  # noqa: B023
+        taken = seconds(update_of(model, batch, precision))
         with torch.no_grad():
             peak = 2 * large.numel() * 256 * 9 / seconds(lambda: conv(large))  # noqa: B023
-        share = f"{counter.get_total_flops() / taken / peak:.0%} of {peak / 1e9:.0f} Gflop/s"
+        share = f"{flops.get_total_flops() / taken / peak:.0%} of {peak / 1e9:.0f} Gflop/s"
         print(f"    {precision}: {batch / taken:.0f} images/s, {share}", flush=True)
 
 
@@ -367,23 +378,16 @@ def latent_times(precision):
     """Seconds of the second update, peak memory in MiB, seconds of a picture."""
     data.tune("cpu")
     model = latent_model()
-    ema = train.EMA(model, 0.9999)
-    optimizer = torch.optim.AdamW(ema.parameters, 6.4e-5, fused=True)
-    z, noise = torch.randn(2, 1, *model.shape)
-    for n in range(2):
-        start = time.perf_counter()
-        with autocast(precision):
-            model.loss(z, torch.tensor([2]), torch.tensor([500]), noise).mean().backward()
-        torch.nn.utils.clip_grad_norm_(ema.parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update(n)
-    update, mib = time.perf_counter() - start, peak_memory()
+    update = update_of(model, 1, precision)
+    update()
+    start = time.perf_counter()
+    update()
+    taken, mib = time.perf_counter() - start, peak_memory()
     if precision == "bf16":
         model.compute_in_bf16()
     start = time.perf_counter()
     generate(model.eval(), "blue", progress=False)
-    return update, mib, time.perf_counter() - start
+    return taken, mib, time.perf_counter() - start
 
 
 def bench_first_stage(against=None, rounds=1):

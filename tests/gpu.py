@@ -34,28 +34,11 @@ def wait():
         torch.cuda.synchronize()
 
 
-def update_of(model, batch, precision):
-    """A function that does one update of a diffusion model with random latents or pixels."""
-    optimizer = torch.optim.AdamW(model.unet.parameters(), 1e-4, fused=True)
-    x, noise = torch.randn(2, batch, *model.shape, device=DEVICE)
-    y = torch.arange(batch, device=DEVICE) % model.zero_label
-    t = torch.randint(1, model.diffusion.T + 1, (batch,)).to(DEVICE)
-
-    def update():
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16"):
-            loss = model.loss(x, y, t, noise).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return update
-
-
 def images_per_second(model, batch, precision, updates):
     """Images per second, and the most memory in GiB, of updates after one that does not count."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    update = update_of(model, batch, precision)
+    update = bench.update_of(model, batch, precision, DEVICE)
     update()
     wait()
     start = time.perf_counter()
