@@ -987,8 +987,8 @@ def paint_any(seed, size=256):
 
 
 def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", replace=False):
-    """Paint a packed set. shares: "balanced", "table" for the shares of table 4.1, or "any":
-    balanced, but every second picture is one of `paint_any` and has the nearest label."""
+    """Paint a packed set. shares: "balanced", "table" for the shares of table 4.1, or
+    "palettes": balanced, but every second picture is by `paint_any` and has the nearest label."""
     state = {"painter": painter.VERSION, "size": size, "n": count, "seed": seed, "shares": shares}
     if is_packed(folder, state, replace):
         return read_packed(folder)
@@ -998,7 +998,7 @@ def paint_set(folder, size=256, count=2000, seed=0, shares="balanced", replace=F
     labels = np.random.default_rng(seed).permutation(labels).tolist()
 
     def read(i):
-        if shares == "any" and i % 2:
+        if shares == "palettes" and i % 2:
             picture = paint_any(seed * 2**32 + i, size)
             return picture, int(nearest_colour(mean_colour(picture)))
         return paint(seed * 2**32 + i, labels[i], size), labels[i]
@@ -1082,9 +1082,9 @@ def parse():
     p.add_argument("--count", type=int, default=2000, help="pictures to paint (default 2000)")
     p.add_argument(
         "--shares",
-        choices=("balanced", "table", "any"),
+        choices=("balanced", "table", "palettes"),
         default="balanced",
-        help="of the labels; any: every second picture has one to three colours of any kind",
+        help="of the labels; palettes: every second picture has one to three colours of any kind",
     )
     p.add_argument("--seed", type=int, default=0, help="of the painted pictures (default 0)")
     return parser.parse_args()

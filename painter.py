@@ -29,12 +29,12 @@ PIGMENTS = {
 
 
 def paint(rng, size, colours, to_lab, fits, pigments):
-    """An abstract picture whose mean colour fits the given ones: (size, size, 3) uint8.
+    """An abstract picture in the given colours: (size, size, 3) uint8.
 
     rng       random generator of numpy; the picture is a function of its state
     colours   the one, two or three colours (r, g, b) of most of the picture, 0 to 255
     to_lab    function that converts RGB colours (..., 3) to CIE-LAB
-    fits      function that says whether the mean colour of a picture (H, W, 3) is the wanted one
+    fits      function that says whether a picture (H, W, 3) needs no more tint of their mean
     pigments  other colours, for mixtures and accents
     """
     easel = Easel(rng, size * 3 // 2, colours, to_lab, pigments)
@@ -81,7 +81,7 @@ class Easel:
         pigments = np.array(pigments, np.float32)
         count = 6 // len(colours)
         self.mixtures = np.concatenate([self.shades(c, count, pigments) for c in colours])
-        self.may_mix = len(colours) == 1  # several colours stay apart
+        self.may_mix = len(colours) == 1  # strokes do not mix several colours; grounds do
         # accents: pigments; the farther one is from the colours, the likelier
         difference = to_lab(pigments) - to_lab(np.array(colours, np.float64))[:, None]
         distance = np.linalg.norm(difference, axis=-1).min(0)

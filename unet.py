@@ -142,10 +142,10 @@ class CrossAttention(nn.Module):
 
     def weights(self, x, context):
         """(B, heads, N, n): how much each position reads each token."""
-        return weights(self.split(self.to_q(x)), self.split(self.to_k(context)))
+        return attention_weights(self.split(self.to_q(x)), self.split(self.to_k(context)))
 
 
-def weights(q, k):
+def attention_weights(q, k):
     """4.4.4:  softmax(Q K^T / sqrt(d)), (B, heads, N, n)."""
     return (q / q.shape[-1] ** 0.5 @ k.transpose(-1, -2)).softmax(-1)
 
@@ -153,11 +153,11 @@ def weights(q, k):
 def attend(q, k, v):
     """4.4.4:  softmax(Q K^T / sqrt(d)) V, (B, heads, N, d).
 
-    torch's own function never stores the weights. Where these are few, a CPU is up to eight times
-    as fast by the formula itself.
+    torch's own function never stores the weights. Where a head has few of them, a CPU is mostly
+    several times as fast by the formula itself (docs/results.md, Speed).
     """
     if q.device.type == "cpu" and q.shape[-2] * k.shape[-2] <= 256**2:
-        return weights(q, k) @ v
+        return attention_weights(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -191,7 +191,7 @@ def pndm(x, steps):
 
 KINDS = {  # where the time goes -> words in the names of torch's operators, the first that fits
     "convolutions": ("convolution",),
-    "products": ("mm", "attention"),  # of matrices
+    "products": ("mm", "attention", "softmax"),  # of matrices
     "norms": ("norm",),
     "copies": ("copy", "clone", "cat", "contiguous"),  # and casts
 }

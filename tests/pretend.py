@@ -176,7 +176,8 @@ def device(name, monkeypatch):
         return autocast("cpu" if kind == name else kind, *arguments, **more)
 
     monkeypatch.setattr(torch, "autocast", on_cpu)
-    # what is computed again in the backward pass does not see the marks, so it cannot choose
+    # a checkpointed block is computed again in the backward pass, without the marks: there `attend`
+    # would take the CPU's way
     monkeypatch.setattr(unet, "attend", torch.nn.functional.scaled_dot_product_attention)
     if name == "cuda":
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

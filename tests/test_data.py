@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import painter
 from data import (
     ALPHABET,
     COLOURS,
@@ -604,7 +605,7 @@ def test_evenly_spaced_rows():
 
 
 def test_every_second_picture_has_any_colour(tmp_path):
-    paintings = data.paint_set(tmp_path / "any", 32, 128, shares="any")
+    paintings = data.paint_set(tmp_path / "set", 32, 128, shares="palettes")
     means = mean_colour(paintings.images)
     assert np.array_equal(paintings.labels[1::2], nearest_colour(means[1::2]))
     _, a, b = data.rgb_to_lab(means).T
@@ -612,6 +613,15 @@ def test_every_second_picture_has_any_colour(tmp_path):
     assert (np.bincount(hues[1::2].astype(int), minlength=8) > 0).all()
     turquoise = (hues == 4) & (np.hypot(a, b) > 10)  # far from all label colours
     assert turquoise[1::2].any() and not turquoise[0::2].any()
+
+
+def test_pictures_for_palettes_have_one_to_three_main_colours(monkeypatch):
+    painted = []
+    monkeypatch.setattr(painter, "paint", lambda rng, size, colours, *_: painted.append(colours))
+    for seed in range(60):
+        data.paint_any(seed)
+    counts = np.bincount([len(colours) for colours in painted], minlength=5)
+    assert counts[0] == counts[4] == 0 and counts[1:4].min() > 10
 
 
 # ------------------------------------------------------------------------------------ split, rows

@@ -137,7 +137,7 @@ def make_pictures(folder):
 
 
 def in_two_processes(data, out):
-    """What every process of this torchrun does."""
+    """What each of the two processes does that `all_runs` starts."""
     for name, arguments in PLAN.items():
         run_until(name, arguments, data, out)
     for strategy in ("ddp", "fsdp"):
@@ -222,7 +222,7 @@ def begin(folder):
     """Start `all_runs` in the background."""
     command = [sys.executable, __file__, all_runs.__name__, str(folder / "data"), str(folder)]
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment(), **how)
+    return subprocess.Popen(command, env=environment(), start_new_session=True, **how)
 
 
 @pytest.fixture(scope="module")

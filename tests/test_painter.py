@@ -25,7 +25,8 @@ def test_pictures_have_the_colour_that_was_asked_for():
 
 
 def test_a_picture_may_have_several_main_colours():
-    """Its share within Delta-E 20 of each: grey is the only other colour that the painter has."""
+    """`shares`: the part of the pixels within Delta-E 20 of red, and of cyan. Strokes take one of
+    them, not a mixture. Grey is the only other colour that the painter has."""
     red, cyan = (200, 30, 30), (30, 190, 200)
 
     def shares(colours):
@@ -36,7 +37,7 @@ def test_a_picture_may_have_several_main_colours():
         return (np.linalg.norm(rgb_to_lab(pictures) - lab, axis=-1) < 20).mean((1, 2, 3))
 
     (one, other), both = shares([red]), shares([red, cyan])
-    assert one > 0.05 and other == 0 and both.min() > 0.03
+    assert one > 0.05 and other < 0.001 and both.min() > 0.043  # with mixtures 0.035
 
 
 def test_pictures_are_those_of_their_version():

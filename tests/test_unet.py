@@ -4,6 +4,7 @@ import hashlib
 import math
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from unet import (
     TransformerBlock,
     UNet,
     attend,
+    attention_weights,
     latent_unet,
     letters_unet,
     linear_attention,
@@ -178,11 +180,16 @@ def test_cross_attention_is_softmax_over_the_tokens():
     assert_close(plain(x), plain(x, x))  # without a context: self-attention
 
 
-def test_attention_to_few_and_to_many_positions_is_one_formula():
-    """Above 256 * 256 weights it is torch's function that computes them."""
-    for n in (5, 300):
-        q, k, v = randn(3, 2, 4, n, 8)
-        assert_close(attend(q, k, v), torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v)
+@pytest.mark.parametrize(("positions", "calls"), [(5, 0), (256, 0), (257, 1)])
+def test_attention_to_few_and_to_many_positions_is_one_formula(monkeypatch, positions, calls):
+    """Above 256 * 256 weights per head torch's function computes it."""
+    theirs = Mock(wraps=F.scaled_dot_product_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", theirs)
+    q, k, v = randn(3, 1, 2, positions, 8)
+    weights = torch.softmax(q @ k.mT / 8**0.5, dim=-1)
+    assert_close(attention_weights(q, k), weights)
+    assert_close(attend(q, k, v), weights @ v)
+    assert theirs.call_count == calls
 
 
 def test_e52_one_token_conditions_without_attending():
