@@ -31,7 +31,7 @@ def composition(seed, label):
     """The number of the composition of `data.paint(seed, label)`: the draws that lead to it."""
     rng = np.random.default_rng([seed, label])
     colour, pigments = list(data.COLOURS.values())[label], list(painter.PIGMENTS.values())
-    painter.Easel(rng, 4, colour, data.rgb_to_lab, pigments)
+    painter.Easel(rng, 4, [colour], data.rgb_to_lab, pigments)
     return int(rng.integers(len(NAMES)))
 
 

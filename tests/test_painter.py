@@ -5,6 +5,7 @@ from string import ascii_uppercase
 
 import numpy as np
 import pytest
+from judge import composition
 from PIL import ImageFont
 
 import painter
@@ -38,6 +39,16 @@ def test_a_picture_may_have_several_main_colours():
 
     (one, other), both = shares([red]), shares([red, cyan])
     assert one > 0.05 and other < 0.001 and both.min() > 0.043  # with mixtures 0.035
+
+
+def test_the_judge_knows_the_composition_of_a_picture(monkeypatch):
+    painted = []
+    recorders = [lambda easel, rng, k=k: painted.append(k) for k in range(8)]
+    monkeypatch.setattr(painter, "COMPOSITIONS", recorders)
+    for seed in range(20):
+        paint(seed, seed % 8, 32)
+    assert painted == [composition(seed, seed % 8) for seed in range(20)]
+    assert len(set(painted)) > 4
 
 
 def test_pictures_are_those_of_their_version():
