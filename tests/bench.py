@@ -88,8 +88,8 @@ def in_new_process(function, *arguments):
         return pool.apply(function, arguments)
 
 
-def autocast(precision, device="cpu"):
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+def autocast(precision):
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 def letters_model():
@@ -109,21 +109,25 @@ def latent_model(small=False):
     return ldm.build_latent(settings | {"latent_scale": 1.0}, COLOURS)
 
 
-def update_of(model, batch, precision, device="cpu"):
-    """A function that does one update of a diffusion model with random images or latents."""
-    ema = train.EMA(model, 0.9999)
-    optimizer = torch.optim.AdamW(ema.parameters, 1e-4, fused=True)
+def random_player(model, batch, precision, device="cpu"):
+    """A diffusion model that trains on one batch of random images or latents; its settings."""
+    settings = train.Latent(precision=precision, device=device)
     x, noise = torch.randn(2, batch, *model.shape, device=device)
     y = torch.arange(batch, device=device) % model.zero_label
     t = torch.randint(1, model.diffusion.T + 1, (batch,)).to(device)
+    player = train.Player("model", model, lambda n, part: model.loss(x, y, t, noise).mean())
+    player.parameters = [p for p in model.parameters() if p.requires_grad]
+    player.optimizer = train.make_optimizer(player, settings)
+    return player, settings
+
+
+def update_of(model, batch, precision, device="cpu"):
+    """A function that does one update with random images or latents, the average included."""
+    player, settings = random_player(model, batch, precision, device)
+    ema, autocast = train.EMA(model, settings.ema), train.mixed_precision(settings)
 
     def update():
-        with autocast(precision, device):
-            loss = model.loss(x, y, t, noise).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(ema.parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        train.update(player, 1, settings, autocast)
         ema.update(1)
 
     return update
@@ -214,18 +218,8 @@ def bench_profile():
                 players, _ = train.ready(stage)
                 print_profile(f"{name}, small, {precision}", players[0], settings)
     for precision in PRECISIONS:
-        print_profile(f"ldm, thesis, batch 1, {precision}", *thesis_player(precision))
-
-
-def thesis_player(precision):
-    """The network of the thesis's size, about to be updated with one random latent; settings."""
-    model, settings = latent_model(), train.Latent(precision=precision, device="cpu")
-    z, noise = torch.randn(2, 1, *model.shape)
-    y, t = torch.tensor([2]), torch.tensor([500])
-    player = train.Player("model", model.unet, lambda n, part: model.loss(z, y, t, noise).mean())
-    player.parameters = list(model.unet.parameters())
-    player.optimizer = train.make_optimizer(player, settings)
-    return player, settings
+        player, settings = random_player(latent_model(), 1, precision)
+        print_profile(f"ldm, thesis, batch 1, {precision}", player, settings)
 
 
 def print_profile(title, player, settings, updates=3):

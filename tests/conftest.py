@@ -26,12 +26,16 @@ PROGRAMS = {"data": data.main, "fid": fid.main, "plots": plots.main}
 PROGRAMS |= {"sample": sample.main, "train": train.main}
 
 
+def reads_runs(test):
+    return "runs" in getattr(test, "fixturenames", ())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def beside(request, tmp_path_factory):
     """The runs of test_distributed.py take longest: they go on beside the other tests."""
     import test_distributed
 
-    if not any("runs" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    if not any(map(reads_runs, request.session.items)):
         yield
         return
     folder = tmp_path_factory.mktemp("runs")
@@ -44,16 +48,17 @@ def beside(request, tmp_path_factory):
 
 def pytest_collection_modifyitems(items):
     """So their results are looked at last."""
-    items.sort(key=lambda item: item.path.name == "test_distributed.py")
+    items.sort(key=reads_runs)
+
+
+def narrow(draw):
+    """One picture per label, in two steps: previews would take longer than the tiny runs."""
+    return lambda model, columns, **how: draw(model, 1, **how | {"steps": 2})
 
 
 @pytest.fixture(autouse=True)
 def narrow_previews(monkeypatch):
-    """Training draws one picture per label, in two steps: they would take longer than tiny runs."""
-    draw = train.images_by_label
-    monkeypatch.setattr(
-        train, "images_by_label", lambda model, columns, **how: draw(model, 1, **how | {"steps": 2})
-    )
+    monkeypatch.setattr(train, "images_by_label", narrow(train.images_by_label))
 
 
 @pytest.fixture(autouse=True)

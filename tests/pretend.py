@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import unet
 
@@ -46,14 +47,7 @@ def in_clip_grad():
 
 
 def tensors(values):
-    """The tensors in nested lists, tuples and dicts."""
-    if isinstance(values, torch.Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, list | tuple):
-        return []
-    return [x for value in values for x in tensors(value)]
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
 def place(x):

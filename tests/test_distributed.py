@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import newest_checkpoint
+from conftest import narrow, newest_checkpoint
 from PIL import Image
 
 import train
@@ -42,7 +42,7 @@ FIRST |= {
     "size": 16,
     "quantise_from": 0,
 }
-COMMON = "--model thesis --device cpu --precision float32 --updates 4 --validate-every 2"
+COMMON = "--model thesis --device cpu --precision float32 --updates 6 --validate-every 2"
 COMMON += " --save-every 50 --preview-every 50 --seed 3 --batch 4 --lr 1e-3 --ema 0.998 --blocks 1"
 LDM = f"--stage ldm {COMMON} --channels 32 --multipliers 1 1 --groups 2 --context-channels 16"
 LDM = f"{LDM} --T 2 --warmup 3 --predict v".split()
@@ -83,7 +83,7 @@ def run_until(name, arguments, data, out, stop=None, resume=False):
     train.EMA.update = interrupted
     if name != "fsdp":
         train.previews = lambda *_: {}  # pictures take longer than these runs
-    train.images_by_label = lambda model, columns, **how: draw(model, 1, **how | {"steps": 2})
+    train.images_by_label = narrow(draw)
     try:
         words = [*arguments, *sets, "--out", out / name, *(["--resume"] if resume else [])]
         train.train(*train.parse([str(word) for word in words]))
@@ -117,7 +117,7 @@ def all_runs(data, out):
         run_until(name, stage, data, out)
     with_plain_sgd("sgd", LDM, data, out)
     for name in ("one-to-two", "one-to-ddp"):
-        run_until(name, LDM, data, out, stop=2)
+        run_until(name, LDM, data, out, stop=4)
     done = torchrun(in_two_processes.__name__, data, out)
     assert done.returncode == 0, done.stderr[-3000:]
     run_until("two-to-one", going_on(), data, out, resume=True)
@@ -142,7 +142,7 @@ def in_two_processes(data, out):
         run_until(name, arguments, data, out)
     for strategy in ("ddp", "fsdp"):
         with_plain_sgd(f"{strategy}-sgd", (*LDM, "--strategy", strategy), data, out)
-    run_until("two-to-one", (*LDM, "--strategy", "fsdp"), data, out, stop=2)
+    run_until("two-to-one", (*LDM, "--strategy", "fsdp"), data, out, stop=4)
     run_until("one-to-two", going_on("fsdp"), data, out, resume=True)
     run_until("one-to-ddp", going_on("ddp"), data, out, resume=True)
     if train.rank() == 0:
@@ -236,7 +236,7 @@ def runs(beside):
 
 def curve(run, *columns):
     rows = list(csv.DictReader((run / "log.csv").open()))
-    assert [int(row["update"]) for row in rows] == [2, 4]
+    assert [int(row["update"]) for row in rows] == [2, 4, 6]
     return np.array([[float(row[column] or "nan") for column in columns] for row in rows])
 
 
@@ -328,7 +328,7 @@ def test_a_sharded_run_opens_in_one_process(runs):
         assert len(of_run) > 50 and all(
             torch.equal(state[name], value) for name, value in of_run.items()
         )
-    assert progress["update"] == 4
+    assert progress["update"] == 6
 
 
 def test_a_lost_process_ends_the_run_with_one_line(tmp_path):

@@ -18,13 +18,6 @@ from vqgan import PerceptualLoss
 folder, first_stage = test_ldm.folder, test_ldm.first_stage
 
 
-def on_both(flags, mps):
-    """Every case on cuda, and those with a word of `mps` on mps, too, which lacks float64."""
-    both = [("cuda", more) for more in flags]
-    both += [("mps", more) for more in flags if any(word in more for word in mps)]
-    return pytest.mark.parametrize(("gpu", "more"), both, indirect=["gpu"])
-
-
 @pytest.fixture(params=["cuda", "mps"])
 def gpu(request, monkeypatch):
     with device(request.param, monkeypatch) as operations:
@@ -64,14 +57,14 @@ LETTERS = "--stage letters --model small --channels 32 --multipliers 1 1 --T 4 -
 LETTERS += " --updates 2 --overfit 8 --validate-every 2 --preview-every 2 --save-every 1"
 
 
-@on_both(
+@pytest.mark.parametrize(
+    "more",
     [
         "",
         "--condition attention --predict eps",
         "--predict flow --views 2 --optimizer muon",
         "--precision float32 --accumulate 2 --balanced --ema 0",
     ],
-    mps=["muon"],
 )
 def test_letters_train_on_it(gpu, tmp_path, more):
     words = [
@@ -91,14 +84,14 @@ FIRST += " --batch 4 --codes 8 --data letters --updates 3 --overfit 8 --validate
 FIRST += " --preview-every 3 --groups 2 --disc-channels 8 --quantise-from 1 --disc-start 1"
 
 
-@on_both(
+@pytest.mark.parametrize(
+    "more",
     [
         "--bottleneck vq",
         "--bottleneck vq --adversarial 0 --precision float32 --save-every 1",
         "--bottleneck kl --equivariant --optimizer muon --views 8 --crop 16 --disc-layers 1",
         "--bottleneck none --adversarial-loss vanilla --no-adaptive --perceptual-files made",
     ],
-    mps=["--bottleneck vq", "muon"],
 )
 def test_first_stages_train_on_it(gpu, tmp_path, monkeypatch, more):
     if "--perceptual-files" in more:
@@ -107,14 +100,14 @@ def test_first_stages_train_on_it(gpu, tmp_path, monkeypatch, more):
     train.train(*train.parse(words))
 
 
-@on_both(
+@pytest.mark.parametrize(
+    "more",
     [
         "--predict v --precision bf16",
         "--precision float32 --pyramid 32 --schedule log_linear --optimizer muon"
         " --checkpoint-activations",
         "--condition palette --views 8 --precision bf16",
     ],
-    mps=["muon", "palette"],
 )
 def test_the_latent_model_trains_on_it(gpu, folder, first_stage, tmp_path, more):
     words = [*map(str, ARGUMENTS), "--data", str(folder), "--first-stage", str(first_stage)]
@@ -194,7 +187,7 @@ def test_without_a_gpu_its_program_is_one_line(monkeypatch, capsys):
 def test_an_update_does_not_wait_for_it(
     monkeypatch, folder, first_stage, tiny_model, tmp_path, stage
 ):
-    """Two more updates, none of which is logged, add nothing that waits for the GPU."""
+    """Six more updates, none of which is logged, add nothing that waits for the GPU."""
     monkeypatch.setattr(train, "previews", lambda *_: {})
     words = {
         "letters": LETTERS.split(),
@@ -207,7 +200,7 @@ def test_an_update_does_not_wait_for_it(
     if stage in ("ldm", "pyramid"):
         words += ["--data", str(folder), "--first-stage", str(first_stage)]
     waits = []
-    for updates in ("3", "5"):
+    for updates in ("3", "9"):
         more = ["--updates", updates, "--out", str(tmp_path / updates), "--save-every", "99"]
         more += ["--validate-every", "99", "--preview-every", "99"]
         with device("cuda", monkeypatch) as operations:
